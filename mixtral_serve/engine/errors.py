@@ -1,0 +1,68 @@
+"""The engine's exception tree, as the API process sees it.
+
+    EngineError
+    ├── RequestRefused            refused before anything was computed
+    │   ├── PromptTooLong             prompt (and explicit max_tokens) beyond what one request may hold
+    │   ├── TokenOutOfRange           a token id the model does not have
+    │   └── QueueFull                 too many requests wait; try again later
+    ├── EngineUnavailable         the server's own state: loading, restarting, draining, dead
+    └── RequestFailed             accepted, then ended by an error or by the death of the engine
+
+The texts are for logs and may be shown to clients: they name no path, address or input text.
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Root of what the engine raises at its clients."""
+
+
+class RequestRefused(EngineError):
+    """Refused before anything was computed."""
+
+
+class PromptTooLong(RequestRefused):
+    """Prompt, or prompt plus explicitly asked output, beyond the limit.
+
+    All numbers are tokens; ``max_tokens`` is None where the prompt alone is too long.
+    """
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int | None, limit: int) -> None:
+        output = "" if max_tokens is None else f" and {max_tokens} in the completion"
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. "
+            f"However, you requested {num_prompt_tokens} tokens in the prompt{output}."
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+        self.limit = limit
+
+
+class TokenOutOfRange(RequestRefused):
+    """A token id outside the vocabulary. ``param`` names the request's field."""
+
+    def __init__(self, param: str, token_id: int, vocab_size: int) -> None:
+        super().__init__(f"token id {token_id} is not in the vocabulary (0 to {vocab_size - 1})")
+        self.param = param
+
+
+class QueueFull(RequestRefused):
+    """Too many requests are waiting."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"{limit} requests are already in the queue")
+        self.retry_after_s = retry_after_s
+
+
+class EngineUnavailable(EngineError):
+    """The server cannot take requests now. ``reason``: loading, restarting, draining or dead."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        super().__init__(f"the engine is not available: {reason}")
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class RequestFailed(EngineError):
+    """An accepted request ended by an error, or the engine died under it."""
