@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-from scheduler.errors import BlockAccountingError, ConfigError
+from scheduler.errors import AccountingError, ConfigError
 from scheduler.request import BlockId
 
 NULL_BLOCK: Final = BlockId(0)
@@ -70,7 +70,7 @@ class BlockPool:
         """Add a holder; a free block leaves the free list.
 
         Raises:
-            BlockAccountingError: the null block, or an id outside the pool.
+            AccountingError: the null block, or an id outside the pool.
         """
         self._check(block_id)
         if self._ref_counts[block_id] == 0:
@@ -81,11 +81,11 @@ class BlockPool:
         """Remove a holder; without holders the block is free, at the near end if ``reuse_soon``.
 
         Raises:
-            BlockAccountingError: the block is free already, the null block, or outside the pool. Nothing changed.
+            AccountingError: the block is free already, the null block, or outside the pool. Nothing changed.
         """
         self._check(block_id)
         if self._ref_counts[block_id] == 0:
-            raise BlockAccountingError(f"block {block_id} is free already")
+            raise AccountingError(f"block {block_id} is free already")
         self._ref_counts[block_id] -= 1
         if self._ref_counts[block_id] == 0:
             self._free[block_id] = None
@@ -99,4 +99,4 @@ class BlockPool:
 
     def _check(self, block_id: BlockId) -> None:
         if not 0 < block_id < self._num_blocks:
-            raise BlockAccountingError(f"block {block_id} is not one of 1 to {self._num_blocks - 1}")
+            raise AccountingError(f"block {block_id} is not one of 1 to {self._num_blocks - 1}")

@@ -25,21 +25,22 @@ class StepDraft:
     def schedule(self, state: RequestState, num_tokens: int) -> None:
         """Compute the next ``num_tokens`` tokens of ``state``; its table covers them already."""
         start = state.num_computed_tokens
-        end = start + num_tokens
         num_known = len(state.tokens)
-        samples = end == num_known and state.kind is RequestKind.GENERATE
-        scores = state.request.scores_prompt and start < state.num_prompt_tokens
-        self._slices[state.id] = ScheduledSlice(
-            request_id=state.id,
-            start=start,
-            num_tokens=num_tokens,
-            tokens=state.tokens,
-            block_table=state.block_table,
-            num_logits=num_tokens if scores else int(samples),
-            samples=samples,
-            num_output_tokens=num_known - state.num_prompt_tokens,
-            pools=state.kind is RequestKind.EMBED,
-            embedding=state.embedding,
+        request = state.request
+        kind = request.kind
+        samples = kind is RequestKind.GENERATE and start + num_tokens == num_known
+        scores = start < len(request.prompt) and request.scores_prompt
+        self._slices[request.id] = ScheduledSlice(
+            request.id,
+            start,
+            num_tokens,
+            state.tokens,
+            state.block_table,
+            num_tokens if scores else int(samples),
+            samples,
+            num_known - len(request.prompt),
+            kind is RequestKind.EMBED,
+            state.embedding,
         )
         self.budget -= num_tokens
 

@@ -7,9 +7,10 @@
     │   ├── DuplicateRequestError     the id is already known
     │   ├── InvalidRequestError       a field is outside its bounds
     │   ├── RequestTooLargeError      it could never fit, even alone
-    │   └── QueueFullError            the waiting queue is at its limit
+    │   ├── QueueFullError            the waiting queue is at its limit
+    │   └── MemoryFullError           its structures would not fit under the memory budget
     ├── IllegalTransitionError    a status change that the table in lifecycle.py forbids
-    ├── BlockAccountingError      a block released twice, retained while free, ...
+    ├── AccountingError      a block or a reservation released twice, the null block touched, ...
     └── ProtocolError             step/commit called out of turn, or a result that fits no plan
 
 ``AdmissionError`` is for callers; the last three mean a defect in the code that drives the scheduler (or in
@@ -71,12 +72,21 @@ class QueueFullError(AdmissionError):
         self.limit = limit
 
 
+class MemoryFullError(AdmissionError):
+    """A reservation would exceed the budget. Nothing was reserved."""
+
+    def __init__(self, name: str, num_bytes: int, available_bytes: int) -> None:
+        super().__init__(f"{name}: {num_bytes} bytes are needed, {available_bytes} are available")
+        self.num_bytes = num_bytes
+        self.available_bytes = available_bytes
+
+
 class IllegalTransitionError(SchedulerError):
     """A status change that ``lifecycle.TRANSITIONS`` forbids."""
 
 
-class BlockAccountingError(SchedulerError):
-    """A block was released while free, retained while free, or the null block was touched."""
+class AccountingError(SchedulerError):
+    """A block or a reservation was released twice, or the null block was touched."""
 
 
 class ProtocolError(SchedulerError):

@@ -7,7 +7,7 @@ request that ``add`` accepted ends in exactly one ``Finished``; nothing about it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from scheduler.lifecycle import FinishReason
@@ -60,12 +60,11 @@ class PromptScored:
     logprobs: tuple[TokenLogprob, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokensCommitted:
-    """A token was sampled and belongs to the output. Indices run 0, 1, 2, ... without gap or repeat."""
+class TokensCommitted(NamedTuple):
+    """A token was sampled and belongs to the output. ``output_index`` runs 0, 1, 2, ... without gap or repeat."""
 
     request_id: RequestId
-    index: int
+    output_index: int
     token_id: int
     logprob: TokenLogprob | None
 
@@ -90,13 +89,4 @@ class Finished:
     embedding: object | None = None
 
 
-Event: TypeAlias = (
-    Admitted
-    | Resumed
-    | Preempted
-    | PrefixHit
-    | PromptScored
-    | TokensCommitted
-    | BlockEvicted
-    | Finished
-)
+Event: TypeAlias = Admitted | Resumed | Preempted | PrefixHit | PromptScored | TokensCommitted | BlockEvicted | Finished

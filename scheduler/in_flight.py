@@ -33,6 +33,11 @@ class InFlightPrefixes:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._awaits
 
+    @property
+    def leads_any(self) -> bool:
+        """Whether any prefix is in flight."""
+        return bool(self._leader_of or self._led_by)
+
     def leader_of(self, block_hash: bytes) -> RequestId | None:
         """Who computes this block now."""
         return self._leader_of.get(block_hash)

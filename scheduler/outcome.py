@@ -23,7 +23,9 @@ def validate_result(plan: StepPlan, result: StepResult) -> None:
         raise ProtocolError(f"{len(plan.slices)} slices were planned, {len(result.results)} results came")
     for scheduled, outcome in zip(plan.slices, result.results, strict=True):
         if outcome.request_id != scheduled.request_id:
-            raise ProtocolError(f"a result for {outcome.request_id!r} stands where {scheduled.request_id!r} was planned")
+            raise ProtocolError(
+                f"{scheduled.request_id!r} was planned where a result for {outcome.request_id!r} stands"
+            )
         if outcome.finish is None or outcome.finish is FinishReason.STOP:
             if (outcome.token_id is not None) is not scheduled.samples:
                 raise ProtocolError(f"{scheduled.request_id!r}: a token comes exactly from slices that sample")
@@ -47,10 +49,13 @@ def apply_result(
         return FinishReason.STOP if done else None
     token_id = outcome.token_id
     assert token_id is not None, "validate_result saw to it"
-    events.append(TokensCommitted(state.id, state.num_output_tokens, token_id, outcome.logprob))
-    state.tokens.append(token_id)
-    stop = state.request.stop
-    num_output_tokens = state.num_output_tokens
+    tokens = state.tokens
+    request = state.request
+    index = len(tokens) - len(request.prompt)
+    tokens.append(token_id)
+    events.append(TokensCommitted(request.id, index, token_id, outcome.logprob))
+    stop = request.stop
+    num_output_tokens = index + 1
     if outcome.finish is FinishReason.STOP:
         return FinishReason.STOP
     if token_id in stop.stop_token_ids and num_output_tokens >= stop.min_tokens:

@@ -10,6 +10,9 @@ table gives those positions (position ``p`` lives in block ``block_table[p // bl
 ``p % block_size``), attends over positions ``0 .. p`` for each, and computes logits for the last
 ``num_logits`` of them.
 
+``ScheduledSlice``, ``SliceResult`` and the event ``TokensCommitted`` are made once per running request and step;
+they are named tuples because those cost a quarter of a frozen dataclass to make.
+
 ``tokens`` and ``block_table`` are the request's own append-only sequences, shared and not copied: a plan may
 be read until it is committed, and a reader looks only at positions below ``start + num_tokens``.
 """
@@ -18,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.events import Event
 from scheduler.lifecycle import FinishReason
 from scheduler.request import BlockId, RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSlice:
+class ScheduledSlice(NamedTuple):
     """One request's share of a step."""
 
     request_id: RequestId
@@ -77,8 +80,7 @@ class TokenLogprob:
     """(token id, log-probability), most likely first."""
 
 
-@dataclass(frozen=True, slots=True)
-class SliceResult:
+class SliceResult(NamedTuple):
     """What came of one slice."""
 
     request_id: RequestId
@@ -106,6 +108,4 @@ class StepResult:
     @classmethod
     def failed(cls, plan: StepPlan, error: str) -> StepResult:
         """The result of a step whose runner raised: every slice ends its request with an error."""
-        return cls(
-            tuple(SliceResult(s.request_id, finish=FinishReason.ERROR, error=error) for s in plan.slices)
-        )
+        return cls(tuple(SliceResult(s.request_id, finish=FinishReason.ERROR, error=error) for s in plan.slices))

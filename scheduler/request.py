@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType, Protocol
 
+from scheduler.accountant import ReservationId
 from scheduler.errors import InvalidRequestError
 from scheduler.lifecycle import FinishReason, RequestStatus
 
@@ -163,6 +164,8 @@ class RequestState:
     """Prompt positions already reported; recomputation after a preemption does not report them again."""
     embedding: object | None = None
     """The runner's partial embedding, handed back with the next slice. Opaque."""
+    reservation: ReservationId | None = None
+    """What the memory accountant holds for it."""
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
+from scheduler.accountant import MemoryAccountant, request_bytes
 from scheduler.config import SchedulerConfig
 from scheduler.draft import StepDraft
 from scheduler.errors import DuplicateRequestError, ProtocolError, QueueFullError, RequestTooLargeError
@@ -58,9 +59,16 @@ class Scheduler:
     """Decides at every step which tokens of which requests are computed. Single-threaded."""
 
     def __init__(
-        self, config: SchedulerConfig, policy: Policy, *, hash_function: HashFunction = sha256_digest
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        *,
+        accountant: MemoryAccountant | None = None,
+        hash_function: HashFunction = sha256_digest,
     ) -> None:
+        """``accountant`` is charged for each live request's structures; without one, only counts bound them."""
         self.config = config
+        self._accountant = accountant
         self._policy = policy
         self._kv = KVCacheManager(
             config.num_blocks,
@@ -90,6 +98,7 @@ class Scheduler:
             DuplicateRequestError: the id is live.
             RequestTooLargeError: prompt plus output could never fit, even alone.
             QueueFullError: ``max_waiting`` requests wait already.
+            MemoryFullError: the accountant has no room for its structures.
         """
         if request.id in self._states:
             raise DuplicateRequestError(f"request {request.id!r} is live")
@@ -99,6 +108,9 @@ class Scheduler:
         if self._room.num_waiting >= self.config.max_waiting:
             raise QueueFullError(self.config.max_waiting)
         state = RequestState(request, self._next_serial)
+        if self._accountant is not None:
+            size = request_bytes(len(request.prompt), request.stop.max_tokens, self.config.block_size)
+            state.reservation = self._accountant.reserve("requests", size)
         self._next_serial += 1
         self._states[request.id] = state
         self._room.enter(state)
@@ -330,6 +342,8 @@ class Scheduler:
             self._room.hand_back(self._in_flight.dissolve(state.id))
         else:
             self._room.leave(state, admitted=False)
+        if self._accountant is not None and state.reservation is not None:
+            self._accountant.release(state.reservation)
         move(state, RequestStatus.FINISHED)
         state.finish_reason = reason
         return Finished(
