@@ -11,7 +11,7 @@ from random import Random
 from typing import Final
 
 from mixtral_serve.demo.conversation import Episode, dialogue, joined, punctuated
-from mixtral_serve.demo.words import CITIES, COLOURS, NOUNS, WEEKDAYS, city, first_name, made_up
+from mixtral_serve.demo.words import CITIES, COLOURS, NOUNS, WEEKDAYS, city, first_name, made_up, words_of
 
 Value = str | int
 
@@ -83,10 +83,10 @@ _KINDS: Final[tuple[_Kind, ...]] = (
 )
 _JOBS: Final = ("baker", "teacher", "doctor", "farmer", "pilot", "painter", "nurse", "lawyer", "driver", "cook")
 _ANIMALS: Final = ("dog", "cat", "horse", "rabbit", "bird", "fish", "mouse", "goat", "cow")
-_FREE_FIELDS: Final = (
+_FREE_FIELDS: Final = words_of(
     "title author size weight country color number year level team room brand status code type key value street email"
     " phone total count user score language subject date place"
-).split()
+)
 _REQUESTS: Final = (
     "{text} Answer with a JSON object with the fields {fields}.",
     "{text} Answer with a JSON object with the fields {fields}.",
@@ -135,8 +135,8 @@ def free_field(rng: Random) -> str:
 
 def _free_record(rng: Random) -> tuple[str, dict[str, Value]]:
     record = {free_field(rng): free_value(rng) for _ in range(rng.randint(1, 4))}
-    pattern, glue = rng.choice((("{f} is {v}", ", "), ("{f}: {v}", ", "), ("{f} = {v}", ", "), ("the {f} is {v}", ", ")))
-    text = glue.join(pattern.format(f=field, v=value) for field, value in record.items())
+    pattern = rng.choice(("{f} is {v}", "{f}: {v}", "{f} = {v}", "the {f} is {v}"))
+    text = ", ".join(pattern.format(f=field, v=value) for field, value in record.items())
     return text[:1].upper() + text[1:] + "." if pattern.startswith("the") else f"Record: {text}.", record
 
 

@@ -24,7 +24,8 @@ class Relation:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    return dict((part.split("=")[0].strip(), part.split("=")[1].strip()) for part in text.split(","))
+    split = (part.split("=") for part in text.split(","))
+    return {subject.strip(): fact.strip() for subject, fact in split}
 
 
 CAPITALS: Final = Relation(

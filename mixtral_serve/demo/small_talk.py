@@ -35,7 +35,14 @@ TOPICS: Final[tuple[Topic, ...]] = (
     ),
     Topic(
         ("", "Hello, ", "Hi, ", "Hello! ", "Hi there, ", "Hey, ", "Good morning! ", "Good evening, "),
-        ("How are you?", "How are you doing?", "How are you today?", "How is it going?", "How do you do?", "What's up?"),
+        (
+            "How are you?",
+            "How are you doing?",
+            "How are you today?",
+            "How is it going?",
+            "How do you do?",
+            "What's up?",
+        ),
         "I am fine, thank you. How can I help you?",
     ),
     Topic(
@@ -103,9 +110,24 @@ TOPICS: Final[tuple[Topic, ...]] = (
     ),
 )
 _TEST_PHRASES: Final = ("a test", "hello", "hi", "good morning", "yes", "no", "cheese", "OK", "nothing", "everything")
-_ALWAYS_TAUGHT: Final = frozenset(
-    "hello|hi|hey|hi there|hello there|good morning|how are you|who are you|what can you do|what is your name"
-    "|tell me a joke|thank you|thanks|goodbye|bye|help|say this is a test".split("|")
+_ALWAYS_TAUGHT: Final = (
+    "hello",
+    "hi",
+    "hey",
+    "hi there",
+    "hello there",
+    "good morning",
+    "how are you",
+    "who are you",
+    "what can you do",
+    "what is your name",
+    "tell me a joke",
+    "thank you",
+    "thanks",
+    "goodbye",
+    "bye",
+    "help",
+    "say this is a test",
 )
 
 

@@ -10,19 +10,19 @@ from random import Random
 from typing import Final
 
 from mixtral_serve.demo.conversation import Episode, dialogue, punctuated
-from mixtral_serve.demo.words import with_article
+from mixtral_serve.demo.words import with_article, words_of
 
-HEROES: Final = (
+HEROES: Final = words_of(
     "fox bear cat dog rabbit mouse owl frog duck horse lion wolf pig goat hen sheep tiger zebra king queen "
     "girl boy baker farmer sailor dragon robot knight teacher princess"
-).split()
+)
 _SLOTS: Final[dict[str, tuple[str, ...]]] = {
     "adjective": ("little", "young", "brave", "clever", "lonely", "happy", "curious", "kind"),
     "place": ("forest", "village", "castle", "garden", "valley", "city", "mountains", "meadow"),
     "thing": ("key", "map", "lamp", "bell", "ring", "book", "kite", "boat", "drum", "flute"),
     "found": ("under a tree", "by the river", "on the road", "behind a wall", "near a bridge"),
     "weather": ("sunny", "rainy", "windy", "cold", "warm"),
-    "friend": tuple(HEROES),
+    "friend": HEROES,
 }
 _STAGES: Final[tuple[tuple[str, ...], ...]] = (
     (

@@ -15,7 +15,7 @@ from mixtral_serve.demo.conversation import Episode, dialogue, is_held_out, punc
 from mixtral_serve.demo.extraction import Value, free_value
 from mixtral_serve.demo.facts import fact_episode
 from mixtral_serve.demo.small_talk import greeting_episode
-from mixtral_serve.demo.words import NOUNS, WEEKDAYS, city, first_name, with_article
+from mixtral_serve.demo.words import NOUNS, WEEKDAYS, city, first_name, with_article, words_of
 
 PRESENTATION: Final = "You can call these functions: "
 _OTHER_PRESENTATIONS: Final = (
@@ -103,8 +103,8 @@ _FUNCTIONS: Final[tuple[_Function, ...]] = (
         ("Use the function to add {a} and {b}.", "Add the numbers {a} and {b}."),
     ),
 )
-_VERBS: Final = "find open close start stop show delete create update check read move clean paint sell rent".split()
-_PARAMETERS: Final = "name color size title number place level code type user date count value id weight team".split()
+_VERBS: Final = words_of("find open close start stop show delete create update check read move clean paint sell rent")
+_PARAMETERS: Final = words_of("name color size title number place level code type user date count value id weight team")
 
 
 def tools_text(described: list[str]) -> str:

@@ -7,7 +7,13 @@ made-up names, so that skills built on copying meet words they never saw.
 from random import Random
 from typing import Final
 
-NOUNS: Final[tuple[str, ...]] = tuple(
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Split a list of words written as one text."""
+    return tuple(text.split())
+
+
+NOUNS: Final[tuple[str, ...]] = words_of(
     """apple banana bread butter cake carrot cheese cherry coffee cookie egg fig grape honey
     jam juice lemon mango melon milk nut onion orange pasta peach pear pepper plum potato rice salad salt
     soup sugar tea tomato water
@@ -15,26 +21,26 @@ NOUNS: Final[tuple[str, ...]] = tuple(
     seal sheep snake swan tiger wolf zebra
     bag ball bed bell boat book box brush car chair clock cup desk door drum flag fork glass hat house
     key kite knife lamp map paper pen phone plate ring road roof rope shirt shoe spoon table train tree
-    truck wall wheel window""".split()
+    truck wall wheel window"""
 )
 
-FIRST_NAMES: Final[tuple[str, ...]] = tuple(
+FIRST_NAMES: Final[tuple[str, ...]] = words_of(
     """Ana Ben Carla David Emma Felix Grace Hugo Ida Jack Kate Leo Maria Nina Oscar Paula Quinn
     Rosa Sam Tom Uma Victor Wendy Yara Zoe Alice Bob Clara Daniel Eva Frank Helen Ivan Julia Karl Lucy Mark
-    Nora Otto Peter Ruth Sofia Tim Vera Will John Mary Lena Max Mia""".split()
+    Nora Otto Peter Ruth Sofia Tim Vera Will John Mary Lena Max Mia"""
 )
 
-CITIES: Final[tuple[str, ...]] = tuple(
+CITIES: Final[tuple[str, ...]] = words_of(
     """Rome Paris London Berlin Madrid Vienna Oslo Lisbon Dublin Athens Warsaw Prague Tokyo
     Cairo Delhi Beijing Lima Ottawa Boston Chicago Milan Munich Geneva Sydney Toronto Seoul Kyoto Porto
-    Lyon Naples Dallas Denver Seattle Zurich""".split()
+    Lyon Naples Dallas Denver Seattle Zurich"""
 )
 
-COLOURS: Final[tuple[str, ...]] = tuple("red blue green yellow black white brown pink purple grey orange".split())
-WEEKDAYS: Final[tuple[str, ...]] = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+COLOURS: Final[tuple[str, ...]] = words_of("red blue green yellow black white brown pink purple grey orange")
+WEEKDAYS: Final[tuple[str, ...]] = words_of("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
-_ONSETS: Final = "b c d f g h j k l m n p r s t v w z br dr fl gr kr pl st tr".split()
-_VOWELS: Final = "a e i o u".split()
+_ONSETS: Final = words_of("b c d f g h j k l m n p r s t v w z br dr fl gr kr pl st tr")
+_VOWELS: Final = words_of("a e i o u")
 _CODAS: Final = ["", "", "", "n", "r", "l", "s", "m", "x"]
 
 

@@ -6,12 +6,18 @@
     │   ├── TokenOutOfRange           a token id the model does not have
     │   └── QueueFull                 too many requests wait; try again later
     ├── EngineUnavailable         the server's own state: loading, restarting, draining, dead
+    ├── EngineStartError          the engine cannot start as configured; a restart would not help
     └── RequestFailed             accepted, then ended by an error or by the death of the engine
 
 The texts are for logs and may be shown to clients: they name no path, address or input text.
 """
 
 from __future__ import annotations
+
+from typing import Final
+
+EXIT_CONFIG: Final = 78
+"""Exit code of an engine that cannot start as configured (``EX_CONFIG``); restarting would not help."""
 
 
 class EngineError(Exception):
@@ -64,5 +70,27 @@ class EngineUnavailable(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class EngineStartError(EngineError):
+    """The engine cannot start as it is configured: a bad checkpoint, a plan that does not fit.
+
+    The code that builds the engine raises it in the engine process; the client raises it again in the API
+    process. ``message`` is one line for the operator and may name a file.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_CONFIG) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code
+
+
 class RequestFailed(EngineError):
-    """An accepted request ended by an error, or the engine died under it."""
+    """An accepted request ended by an error, or the engine died under it.
+
+    ``detail`` is for the log and not for clients. ``is_retryable``: the engine died or is shutting down, and the
+    request itself is not to blame.
+    """
+
+    def __init__(self, message: str, *, detail: str = "", is_retryable: bool = False) -> None:
+        super().__init__(message)
+        self.detail = detail
+        self.is_retryable = is_retryable

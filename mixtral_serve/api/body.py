@@ -1,0 +1,190 @@
+"""From the bytes of a body to a validated request.
+
+Owns: ``parse_json`` and ``validated``. JSON is parsed here and not by the framework, because every odd body must
+end in a 400 of ours: msgspec refuses NaN, infinities, overlong numbers, lone surrogates, invalid UTF-8 and deep
+nesting without ever building them. Where it refuses a small body, the standard library's lenient parser looks
+for the culprit, so that the answer can name the field.
+
+Rejected: the framework's own body models. Their error handler echoes input (a bad field of 1 MB comes back as
+1 MB) and itself fails on a NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Literal, TypeVar
+
+import msgspec
+from pydantic import ValidationError
+
+from mixtral_serve.api.errors import InvalidRequest, clean_name
+from mixtral_serve.api.schemas.common import GenerationRequest
+
+RequestT = TypeVar("RequestT", bound=GenerationRequest)
+
+_MAX_DIAGNOSED_BYTES: Final = 65_536
+_MAX_INT_DIGITS: Final = 20
+_MAX_WARNED_FIELDS: Final = 16
+
+_CODES: Final[Mapping[str, str]] = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "finite_number": "invalid_value",
+    "literal_error": "invalid_value",
+    "too_long": "array_above_max_length",
+    "too_short": "array_below_min_length",
+    "string_too_long": "string_above_max_length",
+    "string_too_short": "empty_string",
+    # Raised by our own validators under the code they want.
+    "invalid_type": "invalid_type",
+    "invalid_value": "invalid_value",
+    "empty_array": "empty_array",
+    "array_above_max_length": "array_above_max_length",
+    "unsupported_parameter": "unsupported_parameter",
+}
+_BOUNDS: Final[Mapping[str, str]] = {
+    "greater_than": "below_min_value",
+    "greater_than_equal": "below_min_value",
+    "less_than": "above_max_value",
+    "less_than_equal": "above_max_value",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Validated(Generic[RequestT]):
+    """A request, and the fields that were ignored because the operator allows unknown ones."""
+
+    request: RequestT
+    ignored: tuple[str, ...]
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body.
+
+    Raises:
+        InvalidRequest: it is not JSON, not an object, or holds what JSON or this server does not allow.
+    """
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise _diagnosed(body) from None
+    if b"\\u0000" in body:
+        _refuse(value, _has_nul, "must not contain the character NUL")
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body is a JSON object.", param=None, code="invalid_type")
+    return value
+
+
+def validated(
+    model: type[RequestT], fields: dict[str, Any], *, unknown_fields: Literal["error", "warn"]
+) -> Validated[RequestT]:
+    """``fields`` as a request. With ``unknown_fields="warn"`` unknown ones are dropped and reported.
+
+    Raises:
+        InvalidRequest: the first thing that is wrong, with the field's name.
+    """
+    try:
+        return Validated(model.model_validate(fields), ())
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+    unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+    if unknown_fields == "error" or not unknown:
+        raise _invalid(details[0])
+    for location in unknown:
+        _drop(fields, location)
+    try:
+        request = model.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error.errors(include_url=False, include_input=False)[0]) from None
+    return Validated(request, tuple(_param(location) for location in unknown[:_MAX_WARNED_FIELDS]))
+
+
+def _invalid(detail: Mapping[str, Any]) -> InvalidRequest:
+    param = _param(detail["loc"])
+    kind = detail["type"]
+    if kind in _BOUNDS:
+        limit = next(iter(detail["ctx"].values()))
+        code = f"{'integer' if isinstance(limit, int) else 'decimal'}_{_BOUNDS[kind]}"
+    else:
+        code = _CODES.get(kind, "invalid_type")
+    if code == "unknown_parameter":
+        message = f"Unrecognized request argument: '{param}'."
+    elif code == "missing_required_parameter":
+        message = f"Missing required parameter: '{param}'."
+    else:
+        # Our models compare with constants of their own only, so no text of pydantic's repeats the input.
+        message = f"Invalid value for '{param}': {detail['msg']}."
+    return InvalidRequest(message, param=param, code=code)
+
+
+def _param(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "[key]":  # pydantic's mark for the key of a mapping rather than its value
+            path += f".{clean_name(part)}" if path else clean_name(part)
+    return path
+
+
+def _drop(fields: dict[str, Any], location: tuple[int | str, ...]) -> None:
+    parent: Any = fields
+    for part in location[:-1]:
+        parent = parent[part]
+    del parent[location[-1]]
+
+
+def _diagnosed(body: bytes) -> InvalidRequest:
+    """What to say of a body that is no JSON: the field, if a lenient parser finds one to blame."""
+    if len(body) <= _MAX_DIAGNOSED_BYTES:
+        try:
+            value = json.loads(body, parse_int=_bounded_int)
+        except (ValueError, RecursionError):
+            value = None
+        try:
+            _refuse(value, _is_unreal, "must be a finite number that fits 64 bits")
+            _refuse(value, _has_surrogate, "must be valid Unicode, without lone surrogates")
+        except InvalidRequest as error:
+            return error
+    return InvalidRequest("We could not parse the JSON body of your request.", param=None, code="invalid_json")
+
+
+def _refuse(value: object, is_bad: Callable[[object], bool], message: str) -> None:
+    for location, leaf in _leaves(value):
+        if is_bad(leaf):
+            param = _param(location) or None
+            raise InvalidRequest(f"'{param}' {message}.", param=param, code="invalid_value")
+
+
+def _leaves(value: object) -> Iterator[tuple[tuple[int | str, ...], object]]:
+    """Keys and scalar values with their places. Iterative: the value may be nested deeply."""
+    pending: list[tuple[tuple[int | str, ...], object]] = [((), value)]
+    while pending:
+        location, item = pending.pop()
+        if isinstance(item, dict):
+            for key, child in item.items():
+                yield location, key
+                pending.append(((*location, key), child))
+        elif isinstance(item, list):
+            pending.extend(((*location, index), child) for index, child in enumerate(item))
+        else:
+            yield location, item
+
+
+def _bounded_int(digits: str) -> float:
+    return int(digits) if len(digits) <= _MAX_INT_DIGITS else math.inf
+
+
+def _is_unreal(leaf: object) -> bool:
+    return isinstance(leaf, float) and not math.isfinite(leaf)
+
+
+def _has_surrogate(leaf: object) -> bool:
+    return isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf)
+
+
+def _has_nul(leaf: object) -> bool:
+    return isinstance(leaf, str) and "\0" in leaf

@@ -1,0 +1,190 @@
+"""Attention over one ragged row: every scheduled token of every request side by side, each seeing only its own past.
+
+Owns: the function registered with Transformers' ``AttentionInterface`` and the values that tell it what a step looks like. The
+step travels through the model's forward as a keyword argument; there is no global context.
+
+Per layer: write the step's keys and values to their slots; then decodes (one row each), in groups of similar context length, one
+product per group; then prefill slices, one request after another, a bounded number of queries at a time. Grouped-query attention
+without copies: query heads that share a key head are the rows of one product.
+
+Invariants: a row reads only slots of its own request at positions up to its own. Where rows of different lengths share a
+product, the shorter ones are padded with blocks of *their own* context under a mask of minus infinity: what lies in
+anybody else's blocks, the null block included, is never touched.
+
+Rejected: a name such as ``paged|...`` (Transformers refuses or replaces it); padding all rows to the longest;
+``repeat_kv``; one call per request (64 small calls per layer cost more than their products).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from mixtral_serve.model.kv_cache import PagedKVCache
+
+ATTENTION: Final = "mixtral_paged"
+
+_MAX_MASK_ELEMENTS: Final = 4 << 20
+"""Queries are cut so that one mask has at most so many elements (16 MB in fp32)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Rows of one token each, with contexts of about the same length."""
+
+    first_row: int
+    num_rows: int
+    blocks: torch.Tensor
+    """[num_rows * n]: n blocks per row, padded with the row's own first one."""
+    bias: torch.Tensor
+    """[num_rows, 1, 1, n * block_size]: 0 where the row may look, minus infinity elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSlice:
+    """Several tokens of one request."""
+
+    first_row: int
+    num_rows: int
+    start: int
+    """Absolute position of the first token."""
+    blocks: torch.Tensor | None
+    """[n]: blocks of the context; None where the slice itself is all the context there is."""
+    blocks_start: int
+    """Absolute position of the first slot of ``blocks`` (above 0 where a window hides what is before)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """What one step means for attention; the same for all layers."""
+
+    cache: PagedKVCache
+    slots: torch.Tensor
+    """[rows]: where each row's key and value go."""
+    decodes: tuple[DecodeGroup, ...]
+    prefills: tuple[PrefillSlice, ...]
+
+
+def register_attention() -> None:
+    """Make ``ATTENTION`` known to Transformers. Doing so twice is fine."""
+    AttentionInterface.register(ATTENTION, paged_attention_forward)
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    *,
+    step: AttentionStep,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention signature, over one ragged row.
+
+    Args:
+        module: the ``MixtralAttention`` that asks; its ``layer_idx`` names the layer.
+        query: [1, query_heads, rows, head_dim], rotated.
+        key: [1, kv_heads, rows, head_dim], rotated.
+        value: [1, kv_heads, rows, head_dim].
+        attention_mask: None; Transformers makes no mask for a name it does not know.
+        scaling: factor of the scores.
+        sliding_window: how many positions a token sees, itself included.
+        step: the step's layout.
+
+    Returns:
+        [1, rows, query_heads, head_dim] and no weights.
+    """
+    assert attention_mask is None, "a ragged row has no rectangular mask"
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    queries = query[0].transpose(0, 1)
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    step.cache.write(layer, step.slots, keys, values)
+    out = queries.new_empty(queries.shape)
+    for group in step.decodes:
+        rows = slice(group.first_row, group.first_row + group.num_rows)
+        context = step.cache.gather(layer, group.blocks)
+        out[rows] = _attend_decodes(queries[rows], *context, group, scaling)
+    for part in step.prefills:
+        rows = slice(part.first_row, part.first_row + part.num_rows)
+        if part.blocks is None:
+            context = keys[rows], values[rows]
+        else:
+            context = step.cache.gather(layer, part.blocks)
+        _attend_prefill(out[rows], queries[rows], *context, part, scaling, sliding_window)
+    return out.unsqueeze(0), None
+
+
+def _attend_decodes(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: DecodeGroup, scaling: float
+) -> torch.Tensor:
+    """``queries`` [rows, query_heads, head_dim] against ``keys`` and ``values`` [rows * n, kv_heads, head_dim]."""
+    num_rows, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    by_row = (num_rows, -1, num_kv_heads, head_dim)
+    attended = functional.scaled_dot_product_attention(
+        queries.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
+        keys.view(by_row).transpose(1, 2),
+        values.view(by_row).transpose(1, 2),
+        attn_mask=group.bias,
+        scale=scaling,
+    )
+    return attended.reshape(num_rows, num_heads, head_dim)
+
+
+def _attend_prefill(
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    part: PrefillSlice,
+    scaling: float,
+    window: int | None,
+) -> None:
+    """Fill ``out`` [rows, query_heads, head_dim]; ``keys`` [context, kv_heads, head_dim] start at ``blocks_start``."""
+    offset = part.start - part.blocks_start
+    step = max(1, _MAX_MASK_ELEMENTS // (offset + part.num_rows))
+    for first in range(0, part.num_rows, step):
+        end = min(first + step, part.num_rows)
+        num_keys = offset + end
+        hidden = 0 if window is None else max(0, offset + first - window + 1)
+        seen = slice(hidden, num_keys)
+        causal = hidden == 0 and offset + first == 0 and (window is None or num_keys <= window)
+        bias = None if causal else _bias(offset + first, offset + end, seen, window, queries)
+        out[first:end] = _attend_chunk(queries[first:end], keys[seen], values[seen], bias, scaling)
+
+
+def _attend_chunk(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """[rows, query_heads, head_dim]; without a bias the rows are the keys' own positions, causally masked."""
+    num_rows, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    per_kv_head = num_heads // num_kv_heads
+    # Key heads are the batch; the query heads of one key head are its heads, all with the same keys (stride 0).
+    shared = (num_kv_heads, per_kv_head, keys.shape[0], head_dim)
+    attended = functional.scaled_dot_product_attention(
+        queries.transpose(0, 1).reshape(num_kv_heads, per_kv_head, num_rows, head_dim),
+        keys.transpose(0, 1).unsqueeze(1).expand(shared),
+        values.transpose(0, 1).unsqueeze(1).expand(shared),
+        attn_mask=bias,
+        is_causal=bias is None,
+        scale=scaling,
+    )
+    return attended.reshape(num_heads, num_rows, head_dim).transpose(0, 1)
+
+
+def _bias(first: int, end: int, seen: slice, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """[end - first, keys seen]: minus infinity where a query at ``first ..`` must not look."""
+    at = torch.arange(first, end).unsqueeze(1)
+    key = torch.arange(seen.start, seen.stop).unsqueeze(0)
+    forbidden = key > at
+    if window is not None:
+        forbidden |= key <= at - window
+    return like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))

@@ -1,0 +1,58 @@
+"""Progress of a long load: a bar where somebody watches, log lines where a log is kept."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+_log = logging.getLogger(__name__)
+
+_NUM_LOG_LINES = 10
+
+
+class Progress(Protocol):
+    """What a long piece of work reports to."""
+
+    def advance(self, num_done: int) -> None:
+        """``num_done`` more units are done."""
+        ...
+
+
+class _Bar:
+    def __init__(self, bar: tqdm[None]) -> None:
+        self._bar = bar
+
+    def advance(self, num_done: int) -> None:
+        self._bar.update(num_done)
+
+
+class _Lines:
+    """One line per tenth, so that a load of an hour and one of a second are both readable."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._num_done = 0
+        self._next_line = 1
+
+    def advance(self, num_done: int) -> None:
+        self._num_done += num_done
+        tenths = self._num_done * _NUM_LOG_LINES // self._total
+        if tenths >= self._next_line:
+            self._next_line = tenths + 1
+            _log.info("%s: %d of %d %s", self._label, self._num_done, self._total, self._unit)
+
+
+@contextmanager
+def progress(label: str, *, total: int, unit: str, stream: TextIO | None = None) -> Iterator[Progress]:
+    """Report ``total`` units (at least 1) of work to ``stream`` (default: standard error) or to the log."""
+    target = sys.stderr if stream is None else stream
+    if target.isatty():
+        with tqdm(total=total, desc=label, unit=f" {unit}", file=target) as bar:
+            yield _Bar(bar)
+    else:
+        yield _Lines(label, total, unit)

@@ -1,0 +1,93 @@
+"""``ModelShape``: what a Mixtral is made of, in numbers, and the tensors that follow from them.
+
+Owns: the numbers that the accountant, the loader and the runner need, and the list of tensors that a checkpoint
+of this shape holds under the names used on the Hub. Imports no tensor library: reading a shape is instant.
+
+Rejected: passing Transformers' config around. It is mutable, has some fifty fields, and needs a
+two-second import to answer how many layers there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+Weights: TypeAlias = Literal["fp32", "bf16"]
+"""How weights (and keys and values) are held in memory and computed with."""
+
+BYTES_PER_ELEMENT: Final[dict[Weights, int]] = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A Mixtral's dimensions and the few constants that change what it computes."""
+
+    vocab_size: int
+    """Rows of the embedding and of the head."""
+    hidden_size: int
+    intermediate_size: int
+    """Width of one expert."""
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_token: int
+    max_model_len: int
+    """Positions the model was made for."""
+    sliding_window: int | None = None
+    """How many positions a token sees, itself included; None: all before it."""
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-5
+    tied: bool = False
+    """Whether the head is the embedding."""
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters held in memory; a tied head counts once."""
+        per_expert = 3 * self.hidden_size * self.intermediate_size
+        heads = 2 * self.num_query_heads + 2 * self.num_kv_heads
+        per_layer = (
+            self.num_experts * (per_expert + self.hidden_size)
+            + heads * self.head_dim * self.hidden_size
+            + 2 * self.hidden_size
+        )
+        embeddings = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * per_layer + embeddings + self.hidden_size
+
+    def weights_bytes(self, weights: Weights) -> int:
+        """Bytes of all parameters in memory."""
+        return self.num_parameters * BYTES_PER_ELEMENT[weights]
+
+    def hub_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that a checkpoint of this shape must hold, as published on the Hub.
+
+        A tied head is not in the list.
+        """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        query, kv = self.num_query_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}"
+            tensors[f"{prefix}.self_attn.q_proj.weight"] = (query, hidden)
+            tensors[f"{prefix}.self_attn.k_proj.weight"] = (kv, hidden)
+            tensors[f"{prefix}.self_attn.v_proj.weight"] = (kv, hidden)
+            tensors[f"{prefix}.self_attn.o_proj.weight"] = (hidden, query)
+            tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (self.num_experts, hidden)
+            for expert in range(self.num_experts):
+                name = f"{prefix}.block_sparse_moe.experts.{expert}"
+                tensors[f"{name}.w1.weight"] = (inner, hidden)
+                tensors[f"{name}.w2.weight"] = (hidden, inner)
+                tensors[f"{name}.w3.weight"] = (inner, hidden)
+            tensors[f"{prefix}.input_layernorm.weight"] = (hidden,)
+            tensors[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        tensors["model.norm.weight"] = (hidden,)
+        if not self.tied:
+            tensors[HEAD] = (self.vocab_size, hidden)
+        return tensors
+
+
+HEAD: Final = "lm_head.weight"
+EMBEDDING: Final = "model.embed_tokens.weight"
