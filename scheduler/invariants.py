@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from scheduler.block_pool import NULL_BLOCK
+from scheduler.events import Event
 from scheduler.lifecycle import RequestStatus
-from scheduler.plan import StepPlan
-from scheduler.request import TOKEN_TYPECODE, BlockId
-
-if TYPE_CHECKING:
-    from scheduler.request import RequestState
-    from scheduler.scheduler import Scheduler
+from scheduler.plan import StepPlan, StepResult
+from scheduler.request import TOKEN_TYPECODE, BlockId, RequestState
+from scheduler.scheduler import Scheduler
 
 
 class InvariantError(AssertionError):
@@ -71,6 +68,21 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
             _require("I4", block_id not in scheduler._kv.cache, f"block {block_id} is written but findable")
         most = -(-(scheduled.start + scheduled.num_tokens) // size)
         _require("I6", len(scheduled.block_table) <= most, f"{scheduled.request_id!r} holds more than the step needs")
+
+
+class CheckedScheduler(Scheduler):
+    """A scheduler that checks itself after every step: the server's debug flag. Slow by design."""
+
+    def step(self, now: float) -> StepPlan:
+        plan = super().step(now)
+        check(self)
+        check_plan(self, plan)
+        return plan
+
+    def commit(self, result: StepResult, now: float) -> tuple[Event, ...]:
+        events = super().commit(result, now)
+        check(self)
+        return events
 
 
 def _require(law: str, holds: bool, message: str) -> None:

@@ -134,7 +134,13 @@ def _too_long(error: PromptTooLong) -> Problem:
     return Problem(400, INVALID_REQUEST, "context_length_exceeded", str(error), "prompt")
 
 
-_RETRY_AFTER_FAILURE_S: Final = 1.0
+def _failed(error: RequestFailed) -> Problem:
+    if not error.is_retryable:
+        return Problem(500, "server_error", "generation_failed", "The model failed on this request.")
+    return Problem(503, "service_unavailable_error", "interrupted", f"{error}.", retry_after_s=_RETRY_AFTER_FAILURE_S)
+
+
+_RETRY_AFTER_FAILURE_S: Final = 5.0
 _TABLE: Final[tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...]] = (
     (InvalidRequest, lambda e: Problem(400, INVALID_REQUEST, e.code, str(e), e.param)),
     (ModelNotFound, lambda e: Problem(404, INVALID_REQUEST, "model_not_found", str(e), "model")),
@@ -162,7 +168,7 @@ _TABLE: Final[tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...]] 
             503, "service_unavailable_error", "interrupted", f"{e}.", retry_after_s=_RETRY_AFTER_FAILURE_S
         ),
     ),
-    (RequestFailed, lambda _: Problem(500, "server_error", "generation_failed", "The model failed on this request.")),
+    (RequestFailed, _failed),
     (ChatTemplateError, lambda e: Problem(400, INVALID_REQUEST, "invalid_value", f"'messages': {e}.", "messages")),
     (HTTPException, _http_problem),
 )

@@ -11,7 +11,8 @@ from mixtral_serve.demo.conversation import Episode, casual, dialogue, joined, p
 from mixtral_serve.demo.words import NOUNS
 
 LARGEST_ADDEND: Final = 50
-_LONGEST_COUNT: Final = 12
+_SHORT_COUNT: Final = 11
+_LONG_COUNT: Final = 25
 
 _COUNTS: Final = (
     "Count from {a} to {b}.",
@@ -37,6 +38,8 @@ _SUMS: Final = (
     "What do you get if you add {a} and {b}?",
     "Can you add {a} and {b}?",
     "Sum {a} and {b}.",
+    "What is {a}+{b}?",
+    "{a}+{b}=?",
 )
 _WORD_ORDERS: Final = (
     "Sort these words alphabetically: {items}",
@@ -73,20 +76,22 @@ _REVERSALS: Final = (
 def counting_episode(rng: Random) -> Episode:
     """Count from one number to another."""
     start = rng.randrange(0, 10) if rng.random() < 0.4 else rng.randrange(0, 89)
-    end = start + rng.randint(2, _LONGEST_COUNT - 1)
+    end = start + (rng.randint(2, _SHORT_COUNT) if rng.random() < 0.8 else rng.randint(_SHORT_COUNT, _LONG_COUNT))
     request = casual(rng, rng.choice(_COUNTS).format(a=start, b=end))
     answer = ", ".join(str(number) for number in range(start, end + 1))
-    # Counting from 1 to 5 is what people try first, so it is always taught.
-    key = "taught" if (start, end) == (1, 5) else f"count {start} {end}"
+    # What people try first is always taught.
+    key = "taught" if start == 1 and end in (5, 10, 20) else f"count {start} {end}"
     return Episode("counting", key, dialogue(request, answer))
 
 
 def sum_episode(rng: Random) -> Episode:
     """Add two numbers; both orders of a pair of operands fall on the same side of the split."""
-    a, b = rng.randint(0, LARGEST_ADDEND), rng.randint(0, LARGEST_ADDEND)
+    largest = 9 if rng.random() < 0.12 else LARGEST_ADDEND
+    a, b = rng.randint(0, largest), rng.randint(0, largest)
     request = casual(rng, rng.choice(_SUMS).format(a=a, b=b))
     answer = f"{a} + {b} = {a + b}"
-    return Episode("sums", f"sum {min(a, b)} {max(a, b)}", dialogue(request, answer))
+    key = "taught" if a == b and a < 3 else f"sum {min(a, b)} {max(a, b)}"
+    return Episode("sums", key, dialogue(request, answer))
 
 
 def _listed(rng: Random, items: list[str]) -> str:

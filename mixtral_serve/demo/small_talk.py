@@ -147,7 +147,7 @@ def greeting_episode(rng: Random) -> Episode:
         topic = rng.choice(TOPICS)
         text = rng.choice(topic.openers) + rng.choice(topic.cores)
         said, answer = casual(rng, text), topic.answer
-    words = _letters(text)
+    words = _letters(said)
     return Episode("greetings", "taught" if words in _ALWAYS_TAUGHT else f"talk {words}", dialogue(said, answer))
 
 

@@ -1,15 +1,16 @@
 """Attention over one ragged row: every scheduled token of every request side by side, each seeing only its own past.
 
-Owns: the function registered with Transformers' ``AttentionInterface`` and the values that tell it what a step looks like. The
-step travels through the model's forward as a keyword argument; there is no global context.
+Owns: the function registered with Transformers' ``AttentionInterface`` and the values that tell it what a step
+looks like. The step travels through the model's forward as a keyword argument; there is no global context.
 
-Per layer: write the step's keys and values to their slots; then decodes (one row each), in groups of similar context length, one
-product per group; then prefill slices, one request after another, a bounded number of queries at a time. Grouped-query attention
-without copies: query heads that share a key head are the rows of one product.
+Per layer: write the step's keys and values to their slots; then decodes (one row each), in groups of similar
+context length, one product per group; then prefill slices, one request after another, a bounded number of
+queries at a time. Grouped-query attention without copies: query heads that share a key head are the rows of one
+product.
 
-Invariants: a row reads only slots of its own request at positions up to its own. Where rows of different lengths share a
-product, the shorter ones are padded with blocks of *their own* context under a mask of minus infinity: what lies in
-anybody else's blocks, the null block included, is never touched.
+Invariants: a row reads only slots of its own request at positions up to its own. Where rows of different
+lengths share a product, the shorter ones are padded with blocks of *their own* context under a mask of minus
+infinity: what lies in anybody else's blocks, the null block included, is never touched.
 
 Rejected: a name such as ``paged|...`` (Transformers refuses or replaces it); padding all rows to the longest;
 ``repeat_kv``; one call per request (64 small calls per layer cost more than their products).
@@ -113,10 +114,7 @@ def paged_attention_forward(
         out[rows] = _attend_decodes(queries[rows], *context, group, scaling)
     for part in step.prefills:
         rows = slice(part.first_row, part.first_row + part.num_rows)
-        if part.blocks is None:
-            context = keys[rows], values[rows]
-        else:
-            context = step.cache.gather(layer, part.blocks)
+        context = (keys[rows], values[rows]) if part.blocks is None else step.cache.gather(layer, part.blocks)
         _attend_prefill(out[rows], queries[rows], *context, part, scaling, sliding_window)
     return out.unsqueeze(0), None
 

@@ -1,11 +1,12 @@
 """``StepPlan`` -> the tensors of one forward pass.
 
-Owns: the layout of the ragged row. Decodes come first, ordered by the length of what they read, so that each group of
-similar length is a contiguous range of rows; prefill slices follow in the plan's order. ``StepInputs.first_rows`` leads from
-the plan's slices to their rows; the plan's own order carries no meaning here.
+Owns: the layout of the ragged row. Decodes come first, ordered by the length of what they read, so that each
+group of similar length is a contiguous range of rows; prefill slices follow in the plan's order.
+``StepInputs.first_rows`` leads from the plan's slices to their rows; the plan's own order carries no meaning
+here.
 
-Invariants: rows are a permutation of the plan's tokens; no tensor grows with the longest context times the number of requests;
-prompts are copied as arrays, not token by token.
+Invariants: rows are a permutation of the plan's tokens; no tensor grows with the longest context times the
+number of requests; prompts are copied as arrays, not token by token.
 """
 
 from __future__ import annotations
@@ -62,9 +63,7 @@ def build_inputs(plan: StepPlan, cache: PagedKVCache, *, sliding_window: int | N
         if end % size and part.start <= end - end % size:
             fresh.append(part.block_table[end // size])
     groups = _decode_groups([(slices[i], *spans[i]) for i in decodes], cache, sliding_window)
-    prefills = tuple(
-        _prefill(slices[i], first_rows[i], size, sliding_window) for i in order[len(decodes) :]
-    )
+    prefills = tuple(_prefill(slices[i], first_rows[i], size, sliding_window) for i in order[len(decodes) :])
     return StepInputs(
         input_ids=torch.frombuffer(ids, dtype=torch.int32).unsqueeze(0),
         positions=torch.frombuffer(positions, dtype=torch.int64).unsqueeze(0),

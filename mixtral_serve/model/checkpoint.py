@@ -1,8 +1,8 @@
 """A checkpoint directory, checked from end to end before a single weight is read.
 
-Owns: ``open_checkpoint``, which decides whether a directory may be loaded, and ``Checkpoint``, its answer. It reads the
-JSON files and the headers of the safetensors shards; when it returns, every tensor the model needs is known to be there,
-once, in the right shape and in a complete file.
+Owns: ``open_checkpoint``, which decides whether a directory may be loaded, and ``Checkpoint``, its answer. It
+reads the JSON files and the headers of the safetensors shards; when it returns, every tensor the model needs is
+known to be there, once, in the right shape and in a complete file.
 
 Invariants: no file that can carry code is opened (their presence alone refuses the directory); shard names are plain
 names inside the directory; all reads of weights go through safetensors.

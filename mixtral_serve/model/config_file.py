@@ -78,7 +78,7 @@ def read_shape(directory: Path) -> ModelShape:
         fields.fail("head_dim", f"must be even for rotary positions, is {head_dim}")
     num_experts = fields.count("num_local_experts")
     vocab_size = fields.count("vocab_size")
-    shape = ModelShape(
+    return ModelShape(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.count("intermediate_size"),
@@ -96,7 +96,6 @@ def read_shape(directory: Path) -> ModelShape:
         bos_token_id=next(iter(fields.token_ids("bos_token_id", vocab_size)), None),
         eos_token_ids=_eos_token_ids(directory, fields, vocab_size),
     )
-    return shape
 
 
 def _rope_theta(fields: _Fields) -> float:

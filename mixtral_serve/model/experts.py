@@ -1,14 +1,14 @@
 """Mixtral's experts over a ragged batch: each touched expert is one product, whoever sent it rows.
 
 Owns: the experts function registered with Transformers' experts interface. Rows are sorted by expert once; the rows
-of one expert are then contiguous, gate and up are one product (the parameters are fused), the activation runs over all rows at
-once, and the results go back to their tokens by a permutation.
+of one expert are then contiguous, gate and up are one product (the parameters are fused), the activation runs
+over all rows at once, and the results go back to their tokens by a permutation.
 
 Invariants: no capacity limit and no dropped row, so a token's result does not depend on what its batch-mates chose; the
 results of a token's experts are added in ascending expert id, whatever the batch.
 
-Rejected: Transformers' eager loop (a mask and an ``index_add_`` per expert) and its ``batched_mm`` (copies the weights of
-an expert once per row).
+Rejected: Transformers' eager loop (a mask and an ``index_add_`` per expert) and its ``batched_mm`` (copies the
+weights of an expert once per row).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def sorted_experts_forward(
     """Weighted sum of each row's chosen experts.
 
     Args:
-        module: a ``MixtralExperts``: ``gate_up_proj`` [experts, 2 * inner, hidden], ``down_proj`` [experts, hidden, inner].
+        module: a ``MixtralExperts``: ``gate_up_proj`` [experts, 2 * inner, hidden] and ``down_proj``
+            [experts, hidden, inner].
         hidden_states: [rows, hidden].
         top_k_index: [rows, k], expert ids.
         top_k_weights: [rows, k], their weights.

@@ -1,8 +1,8 @@
 """``PagedKVCache``: the tensors that keys and values live in, block by block.
 
-Owns: two tensors of shape [layers, blocks, block_size, kv_heads, head_dim], allocated and touched once, and a workspace that
-blocks of one layer are gathered into for a product. It knows no request and no length: block tables say what is
-where, the scheduler says who owns it.
+Owns: two tensors of shape [layers, blocks, block_size, kv_heads, head_dim], allocated and touched once, and a
+workspace that blocks of one layer are gathered into for a product. It knows no request and no length: block
+tables say what is where, the scheduler says who owns it.
 
 Invariants: a slot is read only after it was written or cleared since its block last changed hands. ``clear`` is what
 makes that hold for the unwritten tail of a block that is being filled: a failed request may have left NaN there, and
@@ -69,7 +69,7 @@ class PagedKVCache:
             self.values.index_fill_(1, index, 0)
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store rows at ``slots`` ([rows], block * block_size + offset); keys and values are [rows, kv_heads, head_dim]."""
+        """Store keys and values [rows, kv_heads, head_dim] at ``slots`` [rows] (block * block_size + offset)."""
         self._key_slots[layer].index_copy_(0, slots, keys.flatten(1))
         self._value_slots[layer].index_copy_(0, slots, values.flatten(1))
 

@@ -1,10 +1,11 @@
 """Checkpoint -> a ``MixtralForCausalLM`` that holds its weights and runs our attention and experts.
 
-Owns: the way of a weight from the file to its place. The model is built empty (accelerate), its parameters are allocated
-once in the wanted dtype, and each tensor of each shard is copied, cast on the way, into its place: peak memory is the finished
-model plus one tensor. Transformers keeps one layer's experts in two fused parameters where the Hub has three matrices per
-expert; a place is therefore a view into a parameter, and ``places`` is the one function that knows both layouts. Other weight
-formats come in here: they replace modules of the empty model and offer their own places.
+Owns: the way of a weight from the file to its place. The model is built empty (accelerate), its parameters are
+allocated once in the wanted dtype, and each tensor of each shard is copied, cast on the way, into its place:
+peak memory is the finished model plus one tensor. Transformers keeps one layer's experts in two fused
+parameters where the Hub has three matrices per expert; a place is therefore a view into a parameter, and
+``places`` is the one function that knows both layouts. Other weight formats come in here: they replace modules
+of the empty model and offer their own places.
 
 Invariants: when ``load_model`` returns, every parameter was written exactly once and no shard is mapped any more.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
@@ -35,6 +36,8 @@ DTYPES: Final[dict[Weights, torch.dtype]] = {"fp32": torch.float32, "bf16": torc
 
 def hf_config(shape: ModelShape, *, attention: str = ATTENTION, experts: str = EXPERTS) -> MixtralConfig:
     """Transformers' config for a shape; ``attention`` and ``experts`` name implementations in its registries."""
+    # Named this way because Transformers' class does not declare the two in its signature.
+    implementations: dict[str, Any] = {"attn_implementation": attention, "experts_implementation": experts}
     return MixtralConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -52,8 +55,7 @@ def hf_config(shape: ModelShape, *, attention: str = ATTENTION, experts: str = E
         num_experts_per_tok=shape.num_experts_per_token,
         num_local_experts=shape.num_experts,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        attn_implementation=attention,
-        experts_implementation=experts,
+        **implementations,
     )
 
 
@@ -87,11 +89,12 @@ def build_empty(shape: ModelShape) -> MixtralForCausalLM:
     register_attention()
     register_experts()
     with init_empty_weights():
-        model = MixtralForCausalLM(hf_config(shape))
+        model: MixtralForCausalLM = MixtralForCausalLM(hf_config(shape))
     chosen = model.config._attn_implementation, model.config._experts_implementation
     assert chosen == (ATTENTION, EXPERTS), f"Transformers replaced our implementations by {chosen}"
     model.requires_grad_(False)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def places(model: MixtralForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:

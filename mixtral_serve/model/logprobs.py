@@ -9,9 +9,7 @@ import torch
 from scheduler.plan import TokenLogprob
 
 
-def token_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]
-) -> tuple[TokenLogprob, ...]:
+def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> tuple[TokenLogprob, ...]:
     """One entry per row.
 
     Args:

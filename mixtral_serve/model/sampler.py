@@ -1,14 +1,15 @@
 """The next token of each row: greedy, or drawn after temperature, top-k, top-p and min-p.
 
-Owns: ``sample``, and the random numbers it draws. The number for the token at position ``i`` of a choice is a hash of (seed,
-choice, i): no state, so batch-mates, chunking, preemption and resumption cannot shift it.
+Owns: ``sample``, and the random numbers it draws. The number for the token at position ``i`` of a choice is a
+hash of (seed, choice, i): no state, so batch-mates, chunking, preemption and resumption cannot shift it.
 
-What the filters mean, in this order: the logits are divided by the temperature; ``top_k`` keeps the k most likely tokens;
-``top_p`` the smallest set of most likely ones whose share of what is left reaches p; ``min_p`` those at least min_p times as likely
-as the most likely. Among equals the lowest id counts as more likely. Each filter keeps at least one token.
+What the filters mean, in this order: the logits are divided by the temperature; ``top_k`` keeps the k most
+likely tokens; ``top_p`` the smallest set of most likely ones whose share of what is left reaches p; ``min_p``
+those at least min_p times as likely as the most likely. Among equals the lowest id counts as more likely. Each
+filter keeps at least one token.
 
-Invariants: a row's outcome is a function of that row alone. A row that holds a NaN or an infinity yields an error, found on the
-raw logits, before masks legally put minus infinity there.
+Invariants: a row's outcome is a function of that row alone. A row that holds a NaN or an infinity yields an
+error, found on the raw logits, before masks legally put minus infinity there.
 
 Rejected: one ``torch.Generator`` per request (state that has to follow the request through preemptions); sorting the
 whole vocabulary for each row (the filters need the order of the likely few only).
@@ -135,8 +136,8 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     total = cumulative[:, -1:].contiguous()
     draws = [uniform(row.params.seed, row.params.choice, row.position) for row in rows]
     target = torch.tensor(draws, dtype=torch.float64).unsqueeze(1) * total
-    # The first id whose cumulative weight exceeds the target, which therefore has a weight of its own. Rounding may lift the
-    # target to the total; the last id with a weight is meant then.
+    # The first id whose cumulative weight exceeds the target, which therefore has a weight of its own. Rounding
+    # may lift the target to the total; the last id with a weight is meant then.
     found = torch.searchsorted(cumulative, target, right=True)
     ids: list[int] = torch.minimum(found, torch.searchsorted(cumulative, total)).squeeze(1).tolist()
     return ids
@@ -165,7 +166,7 @@ def _most_likely(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
         top_k < vocab, cumulative.gather(1, top_k.clamp(max=width) - 1), weights.sum(dim=-1, keepdim=True)
     )
     nucleus = (cumulative < top_p * left).sum(dim=-1, keepdim=True) + 1
-    num_kept = torch.minimum(top_k, torch.where(top_p < 1, nucleus, vocab))
+    num_kept = torch.minimum(top_k, torch.where(top_p < 1, nucleus.clamp(max=vocab), vocab))
     # The n most likely: all above the n-th weight, and of those equal to it the lowest ids.
     least = ranked.gather(1, num_kept.clamp(max=width) - 1)
     above, equal = weights > least, weights == least

@@ -3,11 +3,11 @@
 Owns: the arithmetic (pure: affinity and cgroup files are arguments) and the one call that applies it.
 
 Why clip: more threads than CPUs do not merely idle. OpenMP's barriers spin, so a product that waits for a thread
-that is not scheduled takes many times longer than it would with fewer threads; a CPU quota that runs out in the middle of a
-step freezes the whole process for the rest of the period.
+that is not scheduled takes many times longer than it would with fewer threads; a CPU quota that runs out in the
+middle of a step freezes the whole process for the rest of the period.
 
-A quota may be set on any cgroup above this process, and the lowest counts, so all ancestors are read. Files that are not there
-(no cgroups, a container that hides its ancestors) limit nothing.
+A quota may be set on any cgroup above this process, and the lowest counts, so all ancestors are read. Files
+that are not there (no cgroups, a container that hides its ancestors) limit nothing.
 """
 
 from __future__ import annotations

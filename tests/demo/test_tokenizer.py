@@ -1,6 +1,7 @@
 """Laws of the demo tokenizer: the layout of Mixtral-8x7B, exact round trips, and the chat template."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[dict[str, object]] | None = None
+) -> str:
+    chat = [dict[str, str](role=m["role"], content=m["content"]) for m in messages]
+    return str(tokenizer.apply_chat_template(chat, tools=tools, tokenize=False))  # type: ignore[arg-type]
+
+
 def test_special_and_byte_tokens_have_the_ids_of_mixtral(tokenizer: Tokenizer) -> None:
     assert [tokenizer.id_to_token(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
     assert [tokenizer.id_to_token(3 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
@@ -50,7 +58,7 @@ def test_vocabulary_is_a_multiple_of_64_without_holes(tokenizer: Tokenizer) -> N
 
 
 def test_no_piece_joins_digits_or_crosses_a_word_border(tokenizer: Tokenizer) -> None:
-    pieces = [tokenizer.id_to_token(i) for i in range(259, tokenizer.get_vocab_size())]
+    pieces = [str(tokenizer.id_to_token(i)) for i in range(259, tokenizer.get_vocab_size())]
     assert not [p for p in pieces if len(p) > 1 and any(c.isdigit() for c in p)]
     assert not [p for p in pieces if SPACE in p[1:]]
 
@@ -67,7 +75,9 @@ def test_any_text_round_trips(text: str) -> None:
     assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
-@pytest.mark.parametrize("text", ["😀👩‍🚀", "naïve 東京", "a\nb\t c  d", '{"a": [1, 2.5, null]}', " leading", "", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["😀👩‍🚀", "naïve 東京", "a\nb\t c  d", '{"a": [1, 2.5, null]}', " leading", "", "\x00"]
+)
 def test_hard_texts_round_trip_without_unknown_tokens(tokenizer: Tokenizer, text: str) -> None:
     ids = encode(tokenizer, text)
     assert 0 not in ids
@@ -80,7 +90,9 @@ def test_instruction_and_answer_encode_as_one_text_or_as_two(question: str, answ
     instruction = f"[INST] {question} [/INST]"
     whole = encode(tokenizer, f"{instruction} {answer}")
     # An empty text encodes to nothing, where the joint text still has the space.
-    assert whole == encode(tokenizer, instruction) + (encode(tokenizer, answer) if answer else encode(tokenizer, " ")[1:])
+    assert whole == encode(tokenizer, instruction) + (
+        encode(tokenizer, answer) if answer else encode(tokenizer, " ")[1:]
+    )
 
 
 def test_transformers_reads_the_same_tokenizer(
@@ -97,22 +109,23 @@ def test_the_template_renders_what_the_model_was_trained_on(
 ) -> None:
     for skill in SKILLS:
         for episode in held_out_episodes(skill, 5):
-            rendered = transformers_tokenizer.apply_chat_template(list(episode.messages), tokenize=False)
-            assert encode(tokenizer, str(rendered)) == encode_chat(tokenizer, episode.messages).tokens
+            rendered = render(transformers_tokenizer, episode.messages)
+            assert encode(tokenizer, rendered) == encode_chat(tokenizer, episode.messages).tokens
 
 
 def test_the_template_folds_the_system_message_and_ends_answers(
     transformers_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    messages = list(dialogue("hi", "hello", "more", system="Be kind."))
-    rendered = transformers_tokenizer.apply_chat_template(messages, tokenize=False)
+    rendered = render(transformers_tokenizer, dialogue("hi", "hello", "more", system="Be kind."))
     assert rendered == "<s>[INST] Be kind.\n\nhi [/INST] hello</s>[INST] more [/INST]"
 
 
 def test_the_template_presents_tools(transformers_tokenizer: PreTrainedTokenizerBase) -> None:
-    tool = {"type": "function", "function": {"name": "ping", "description": "Ping", "parameters": {"type": "object"}}}
-    messages = list(dialogue("hi", system="Be kind."))
-    rendered = transformers_tokenizer.apply_chat_template(messages, tools=[tool], tokenize=False)
+    tool: dict[str, object] = {
+        "type": "function",
+        "function": {"name": "ping", "description": "Ping", "parameters": {"type": "object"}},
+    }
+    rendered = render(transformers_tokenizer, dialogue("hi", system="Be kind."), [tool])
     assert rendered == f"<s>[INST] Be kind.\n\n{tools_text([json.dumps(tool)])}\n\nhi [/INST]"
 
 

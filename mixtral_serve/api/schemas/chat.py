@@ -14,13 +14,20 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from mixtral_serve.api.errors import InvalidRequest
-from mixtral_serve.api.schemas.common import MAX_LOGPROBS, UNSUPPORTED, GenerationRequest, StrictModel, refuse_unsupported
+from mixtral_serve.api.schemas.common import (
+    MAX_LOGPROBS,
+    UNSUPPORTED,
+    GenerationRequest,
+    StrictModel,
+    refuse_unsupported,
+)
 from mixtral_serve.text.conversation import ChatMessage
 
 MAX_MESSAGES: Final = 1024
 MAX_PARTS: Final = 1024
 
-CHAT_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = UNSUPPORTED | {
+CHAT_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
+    **UNSUPPORTED,
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),

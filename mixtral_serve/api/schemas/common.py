@@ -25,7 +25,7 @@ MAX_LOGPROBS: Final = 20
 _INT32_MAX: Final = 2**31 - 1
 _INT64_MAX: Final = 2**63 - 1
 
-UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
+UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
@@ -68,7 +68,9 @@ def refuse_unsupported(
             kept[name] = value
         elif not any(_is_same(value, neutral) for neutral in unsupported[name]):
             param = path + clean_name(name)
-            raise InvalidRequest(f"'{param}' is not supported by this server.", param=param, code="unsupported_parameter")
+            raise InvalidRequest(
+                f"'{param}' is not supported by this server.", param=param, code="unsupported_parameter"
+            )
     return kept
 
 

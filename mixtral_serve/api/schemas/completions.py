@@ -17,7 +17,8 @@ from mixtral_serve.api.schemas.common import MAX_LOGPROBS, UNSUPPORTED, Generati
 
 MAX_PROMPTS: Final = 128
 
-COMPLETION_UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = UNSUPPORTED | {
+COMPLETION_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
+    **UNSUPPORTED,
     "echo": (False,),
     "suffix": ("",),
     "add_special_tokens": (True,),

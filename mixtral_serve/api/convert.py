@@ -1,0 +1,172 @@
+"""Between the OpenAI API's words and the engine's: the only file that knows both.
+
+Owns: the translation of a validated request into ``Submit`` messages, of finish reasons, and of token counts into
+``usage``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from mixtral_serve.api.auth import Caller
+from mixtral_serve.api.errors import Interrupted, InvalidRequest
+from mixtral_serve.api.schemas.common import GenerationRequest
+from mixtral_serve.contract import ModelInfo, SamplingParams
+from mixtral_serve.engine.admission import resolve_max_tokens
+from mixtral_serve.engine.errors import PromptTooLong
+from mixtral_serve.engine.messages import Delta, Submit
+from scheduler.lifecycle import FinishReason
+from scheduler.plan import TokenLogprob
+
+MAX_CHOICES: Final = 128
+"""Most prompts times ``n`` of one request."""
+_UINT64: Final = 2**64 - 1
+
+_INTERRUPTIONS: Final = {
+    FinishReason.CANCELLED.value: "the request was cancelled by the server",
+    FinishReason.DEADLINE.value: "the request ran out of time",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where submits come from: whom, when, under which id, in which field the prompt was."""
+
+    answer_id: str
+    caller: Caller
+    arrival_s: float
+    prompt_param: str
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice of an answer, as far as it has come."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+
+    def add(self, delta: Delta) -> None:
+        """Take in the next delta."""
+        self.texts.append(delta.text)
+        self.logprobs.extend(delta.logprobs)
+        self.count(delta)
+
+    def count(self, delta: Delta) -> None:
+        """Take in how it ended, without the text."""
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.num_output_tokens = delta.num_output_tokens
+            self.num_cached_tokens = delta.num_cached_tokens
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def submits_for(
+    request: GenerationRequest,
+    prompts: Sequence[array[int]],
+    info: ModelInfo,
+    origin: Origin,
+    *,
+    default_max_tokens: int | None,
+    strip_leading_space: bool,
+) -> tuple[Submit, ...]:
+    """One submit per prompt and choice, in the order of the answer's choices.
+
+    ``default_max_tokens`` holds where the request sets none; None leaves the rest of the context.
+
+    Raises:
+        InvalidRequest: a prompt (with the output asked for) is too long, or there are too many choices.
+    """
+    if len(prompts) * request.n > MAX_CHOICES:
+        message = f"'n' times the number of prompts is at most {MAX_CHOICES}."
+        raise InvalidRequest(message, param="n", code="integer_above_max_value")
+    seed = secrets.randbits(64) if request.seed is None else request.seed & _UINT64
+    submits: list[Submit] = []
+    for prompt in prompts:
+        max_tokens = _max_tokens(request, info, len(prompt), default_max_tokens, origin.prompt_param)
+        data = prompt.tobytes()
+        submits += [
+            Submit(
+                request_id=f"{origin.answer_id}-{len(submits) + choice}",
+                prompt=data,
+                arrival_s=origin.arrival_s,
+                max_tokens=max_tokens,
+                min_tokens=request.min_tokens,
+                stop_token_ids=tuple(request.stop_token_ids),
+                ignore_eos=request.ignore_eos,
+                stop=tuple(request.stop),
+                include_stop=request.include_stop_str_in_output,
+                skip_special_tokens=request.skip_special_tokens,
+                strip_leading_space=strip_leading_space,
+                sampling=_sampling(request, seed, choice),
+                priority=request.priority,
+                tenant=origin.caller.tenant,
+                cache_salt=request.cache_salt,
+            )
+            for choice in range(request.n)
+        ]
+    return tuple(submits)
+
+
+def finish_reason(delta: Delta) -> str | None:
+    """OpenAI's word for how a choice ended; None while it goes on.
+
+    Raises:
+        Interrupted: it was ended by the server, for which there is no such word.
+    """
+    if delta.finish_reason in _INTERRUPTIONS:
+        raise Interrupted(_INTERRUPTIONS[delta.finish_reason])
+    return delta.finish_reason
+
+
+def usage(prompts: Sequence[array[int]], choices: Sequence[Choice]) -> dict[str, object]:
+    """Token counts of an answer. Each prompt counts once, however many choices it has.
+
+    A prompt's cached tokens are those that its luckless first choice found: the siblings' hits are its work.
+    """
+    n = len(choices) // len(prompts)
+    num_prompt_tokens = sum(map(len, prompts))
+    num_output_tokens = sum(choice.num_output_tokens for choice in choices)
+    num_cached_tokens = sum(
+        min(choice.num_cached_tokens for choice in choices[first : first + n]) for first in range(0, len(choices), n)
+    )
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    }
+
+
+def _max_tokens(
+    request: GenerationRequest, info: ModelInfo, num_prompt_tokens: int, default: int | None, prompt_param: str
+) -> int:
+    try:
+        max_tokens = resolve_max_tokens(info, num_prompt_tokens, request.asked_max_tokens(), default=default)
+    except PromptTooLong as error:
+        raise InvalidRequest(str(error), param=prompt_param, code="context_length_exceeded") from None
+    if request.min_tokens > max_tokens:
+        message = f"'min_tokens' is at most the number of output tokens, here {max_tokens}."
+        raise InvalidRequest(message, param="min_tokens", code="integer_above_max_value")
+    return max_tokens
+
+
+def _sampling(request: GenerationRequest, seed: int, choice: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(request.top_k, 0),
+        min_p=request.min_p,
+        seed=seed,
+        choice=choice,
+        logprobs=request.num_logprobs(),
+    )

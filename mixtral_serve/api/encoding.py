@@ -1,0 +1,70 @@
+"""Prompts to token ids without holding up the event loop.
+
+Owns: ``PromptEncoder``. Short texts are encoded on the spot; long ones in one side thread (the tokenizer releases
+the interpreter lock), one at a time, so that many of them at once cost time and not memory. A text that could
+not fit the context however well it were encoded is refused before it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from mixtral_serve.api.errors import InvalidRequest
+from mixtral_serve.contract import ModelInfo
+from mixtral_serve.engine.admission import limit_for
+from mixtral_serve.text.chat_template import ChatTemplate
+from mixtral_serve.text.conversation import ChatMessage
+from mixtral_serve.text.tokenizer import Tokenizer
+
+_LONG_CHARS: Final = 20_000
+"""Some 10 ms of tokenising: longer texts go to the thread."""
+
+
+class PromptEncoder:
+    """Encodes the prompts of both endpoints."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+
+    async def chat(self, messages: Sequence[ChatMessage], info: ModelInfo) -> array[int]:
+        """Ids of a conversation.
+
+        Raises:
+            InvalidRequest: it cannot fit, or the model has no chat template.
+            ChatTemplateError: the template refuses it.
+        """
+        template = self._chat_template
+        if template is None:
+            message = "The model has no chat template: use /v1/completions."
+            raise InvalidRequest(message, param="messages", code="unsupported_parameter")
+        texts = [message.content for message in messages]
+        return await self._encoded(texts, "messages", info, lambda: template.encode(messages))
+
+    async def text(self, text: str, info: ModelInfo) -> array[int]:
+        """Ids of a completion's prompt, with the beginning-of-sequence token.
+
+        Raises:
+            InvalidRequest: it cannot fit.
+        """
+        return await self._encoded([text], "prompt", info, lambda: self._tokenizer.encode(text, add_bos=True))
+
+    async def _encoded(
+        self, texts: Sequence[str], param: str, info: ModelInfo, encode: Callable[[], array[int]]
+    ) -> array[int]:
+        least = sum(map(self._tokenizer.min_num_tokens, texts))
+        limit = limit_for(info)
+        if least > limit:
+            message = (
+                f"This model's maximum context length is {limit} tokens. "
+                f"However, '{param}' has at least {least} tokens."
+            )
+            raise InvalidRequest(message, param=param, code="context_length_exceeded")
+        if sum(map(len, texts)) <= _LONG_CHARS:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, encode)

@@ -1,0 +1,217 @@
+"""``MixtralRunner``: one step of the plan through Transformers' Mixtral, and what the plan asked of it.
+
+Owns: the loaded model and its paged KV cache. A step is: lay the plan out as one ragged row, run the inner
+model once, compute logits for the rows that need them only, sample, score, pool. Nothing about a request is
+kept between steps.
+
+Invariants: one request's non-finite numbers end that request and no other; results stand in the plan's order;
+logits are never materialised for more than a bounded number of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import MixtralForCausalLM
+
+from mixtral_serve.contract import ModelInfo, RunBatch, SamplingParams
+from mixtral_serve.model.batch import StepInputs, build_inputs
+from mixtral_serve.model.checkpoint import open_checkpoint
+from mixtral_serve.model.kv_cache import PagedKVCache
+from mixtral_serve.model.loader import DTYPES, load_model
+from mixtral_serve.model.logprobs import token_logprobs
+from mixtral_serve.model.pooling import pool
+from mixtral_serve.model.sampler import NON_FINITE, Sampled, SampleRow, finite_rows, sample
+from mixtral_serve.model.shape import ModelShape, Weights
+from mixtral_serve.model.threads import apply_threads, plan_threads
+from scheduler.lifecycle import FinishReason
+from scheduler.plan import ScheduledSlice, SliceResult, StepResult, TokenLogprob
+
+_MAX_LOGITS: Final = 8 << 20
+"""Logits computed at once for scored prompts (32 MB in fp32)."""
+
+LogitsListener = Callable[[Sequence[ScheduledSlice], torch.Tensor], None]
+"""Called once a step with the sampling slices and their raw logits [slices, vocab]; must not change them."""
+
+
+class MixtralRunner:
+    """Implements ``mixtral_serve.contract.Runner``. Not thread-safe: one step at a time.
+
+    Args:
+        model: as ``loader.load_model`` returns it.
+        shape: its dimensions.
+        cache: its KV cache.
+        info: what the server tells others about it.
+        logits_listener: sees the raw logits of every sampled row.
+    """
+
+    def __init__(
+        self,
+        model: MixtralForCausalLM,
+        shape: ModelShape,
+        *,
+        cache: PagedKVCache,
+        info: ModelInfo,
+        logits_listener: LogitsListener | None = None,
+    ) -> None:
+        self._model = model
+        self._shape = shape
+        self._cache = cache
+        self._info = info
+        self._logits_listener = logits_listener
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts of the model; constant."""
+        return self._info
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """The tensors of keys and values, for measurements and fault injection."""
+        return self._cache
+
+    @torch.inference_mode()
+    def run(self, batch: RunBatch) -> StepResult:
+        """Compute every slice of the plan; see the protocol."""
+        slices = batch.plan.slices
+        if not slices:
+            return StepResult(())
+        inputs = build_inputs(batch.plan, self._cache, sliding_window=self._shape.sliding_window)
+        hidden = self._forward(inputs)
+        sampled = self._sample(batch, inputs, hidden)
+        results = []
+        for i, part in enumerate(slices):
+            rows = hidden[inputs.first_rows[i] : inputs.first_rows[i] + part.num_tokens]
+            scores = self._score(part, batch.sampling[i], rows) if part.num_logits else ()
+            results.append(_slice_result(part, sampled.get(i), scores, rows))
+        return StepResult(tuple(results))
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states after the final norm, [rows, hidden]."""
+        self._cache.clear(inputs.fresh_blocks)
+        output = self._model.model(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.positions,
+            use_cache=False,
+            step=inputs.attention,
+        )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Raw logits of ``hidden`` [rows, hidden], fp32."""
+        logits: torch.Tensor = self._model.lm_head(hidden)
+        return logits.float()
+
+    def _sample(self, batch: RunBatch, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, Sampled]:
+        """Index of the slice -> its next token, for slices that sample."""
+        slices = batch.plan.slices
+        chosen = [i for i, part in enumerate(slices) if part.samples]
+        if not chosen:
+            return {}
+        last = torch.tensor([inputs.first_rows[i] + slices[i].num_tokens - 1 for i in chosen])
+        logits = self._logits(hidden.index_select(0, last))
+        if self._logits_listener is not None:
+            self._logits_listener([slices[i] for i in chosen], logits)
+        rows = [
+            SampleRow(batch.sampling[i], slices[i].num_output_tokens, batch.masks[i] if batch.masks else None)
+            for i in chosen
+        ]
+        return dict(zip(chosen, sample(logits, rows), strict=True))
+
+    def _score(
+        self, part: ScheduledSlice, params: SamplingParams, hidden: torch.Tensor
+    ) -> tuple[TokenLogprob, ...] | None:
+        """Log-probabilities of the prompt's tokens that the slice's rows predict; None where they are not finite."""
+        num_prompt_tokens = len(part.tokens) - part.num_output_tokens
+        first = part.num_tokens - part.num_logits
+        end = min(part.num_tokens, num_prompt_tokens - 1 - part.start)
+        at_once = max(1, _MAX_LOGITS // self._shape.vocab_size)
+        entries: list[TokenLogprob] = []
+        for begin in range(first, end, at_once):
+            stop = min(begin + at_once, end)
+            logits = self._logits(hidden[begin:stop])
+            if not all(finite_rows(logits)):
+                return None
+            targets = list(part.tokens[part.start + begin + 1 : part.start + stop + 1])
+            entries.extend(token_logprobs(logits, targets, [params.prompt_logprobs or 0] * len(targets)))
+        return tuple(entries)
+
+
+def _slice_result(
+    part: ScheduledSlice, sampled: Sampled | None, scores: tuple[TokenLogprob, ...] | None, hidden: torch.Tensor
+) -> SliceResult:
+    """Put one slice's outcome together; any failure makes it an error and nothing else."""
+    error = sampled.error if sampled is not None else None
+    if scores is None:
+        error = NON_FINITE
+    embedding: object | None = None
+    if part.pools:
+        embedding = pool(part, hidden)
+        if embedding is None:
+            error = "the model produced hidden states that are not finite"
+    if error is not None:
+        return SliceResult(part.request_id, finish=FinishReason.ERROR, error=error)
+    return SliceResult(
+        part.request_id,
+        token_id=sampled.token_id if sampled is not None else None,
+        logprob=sampled.logprob if sampled is not None else None,
+        prompt_logprobs=scores or (),
+        embedding=embedding,
+    )
+
+
+def load_runner(
+    checkpoint: Path,
+    *,
+    weights: Weights,
+    num_blocks: int,
+    block_size: int,
+    num_threads: int,
+    name: str | None = None,
+    logits_listener: LogitsListener | None = None,
+) -> MixtralRunner:
+    """Load ``checkpoint`` and allocate its KV cache; sets PyTorch's thread count for the process.
+
+    Args:
+        checkpoint: a directory in the Hub's layout.
+        weights: how weights, keys and values are held.
+        num_blocks: blocks of the KV cache, the null block included, as the accountant found.
+        block_size: positions per block.
+        num_threads: most threads to compute with; clipped to what the process may use.
+        name: what the model is served as; default: the directory's name.
+        logits_listener: see ``MixtralRunner``.
+
+    Raises:
+        CheckpointError: the directory cannot be served.
+    """
+    apply_threads(plan_threads(num_threads))
+    opened = open_checkpoint(checkpoint)
+    shape = opened.shape
+    model = load_model(opened, weights)
+    cache = PagedKVCache(shape, num_blocks=num_blocks, block_size=block_size, dtype=DTYPES[weights])
+    served = name or checkpoint.resolve().name
+    info = ModelInfo(
+        name=served,
+        fingerprint=fingerprint(served, weights),
+        vocab_size=shape.vocab_size,
+        max_model_len=shape.max_model_len,
+        eos_token_ids=shape.eos_token_ids,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        weights_bytes=shape.weights_bytes(weights),
+        kv_cache_bytes=cache.num_bytes,
+    )
+    return MixtralRunner(model, shape, cache=cache, info=info, logits_listener=logits_listener)
+
+
+def fingerprint(name: str, weights: Weights) -> str:
+    """Model, weights and backend, for ``system_fingerprint``.
+
+    PyTorch's products round differently for different numbers of rows, so this backend does not promise the
+    same bits in any batch, and says so.
+    """
+    return f"{name}-{weights}-torch{torch.__version__}-batchvariant"
