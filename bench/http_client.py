@@ -64,7 +64,7 @@ class Target:
     port: int
     path: str
     """Prefix of every path, without a slash at the end."""
-    is_tls: bool
+    tls: ssl.SSLContext | None = None
 
     @classmethod
     def parse(cls, base_url: str) -> Target:
@@ -78,7 +78,8 @@ class Target:
             raise ValueError(f"{base_url!r} is not an http:// or https:// URL")
         is_tls = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, parts.port or (443 if is_tls else 80), path, is_tls)
+        tls = ssl.create_default_context() if is_tls else None
+        return cls(parts.hostname, parts.port or (443 if is_tls else 80), path, tls)
 
     @property
     def is_loopback(self) -> bool:
@@ -116,7 +117,8 @@ class ResponseParser:
     is_complete: bool = False
     _buffer: bytearray = field(default_factory=bytearray)
     _left: int | None = None
-    """Bytes left of the body, or of the current chunk; None: up to the end of the connection."""
+    """Bytes left of the body or of the current chunk. None: the body ends with the connection, or the next chunk's
+    size is not known yet; 0 in a chunked body: the last chunk was read."""
     _is_chunked: bool = False
     _wants_line_break: bool = False
     """The line break after a chunk has not been seen."""
@@ -212,6 +214,7 @@ class ResponseParser:
             if line:
                 raise NotHttp("a chunk is longer than it said")
             self._wants_line_break = False
+            self._left = None
         elif self._left == 0:
             # After the last chunk: trailers up to an empty line.
             self.is_complete = not line
@@ -294,7 +297,7 @@ async def exchange(target: Target, request: bytes, on_body: OnBody, *, timeout_s
                     lambda: _Exchange(request, on_body, done),
                     target.host,
                     target.port,
-                    ssl=ssl.create_default_context() if target.is_tls else None,
+                    ssl=target.tls,
                 )
             except OSError as error:
                 raise CannotConnect(f"cannot connect: {error.strerror or error}") from error

@@ -145,7 +145,7 @@ class RequestState:
     request: Request
     serial: int
     overtake_limit: int = 0
-    """Admission count from which the request is aged and may not be overtaken any more."""
+    """How many must have left the waiting room until the request is aged and may not be overtaken any more."""
     status: RequestStatus = RequestStatus.WAITING
     tokens: array[int] = field(init=False)
     """Prompt plus sampled tokens."""

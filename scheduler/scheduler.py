@@ -36,7 +36,7 @@ races), swapping blocks out (recomputing from the cache is cheaper than moving m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from scheduler.accountant import MemoryAccountant, request_bytes
 from scheduler.config import SchedulerConfig
@@ -164,6 +164,8 @@ class Scheduler:
                 published = self._kv.publish(state)
                 if published:
                     self._room.hand_back(self._in_flight.published(state.id, published))
+                if not state.publishing:  # nobody shall wait for blocks that stay private
+                    self._room.hand_back(self._in_flight.dissolve(state.id))
             if reason is not None:
                 events.append(self._end(state, reason, error=outcome.error))
         return self._observed(events)
@@ -193,6 +195,10 @@ class Scheduler:
             state = heappop(self._deadlines)[2]
             if state.status is not RequestStatus.FINISHED:
                 draft.events.append(self._end(state, FinishReason.DEADLINE))
+        # Who ended in time stays until its deadline surfaces; a heap that is mostly theirs is rebuilt.
+        if len(self._deadlines) > 64 + 2 * len(self._states):
+            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not RequestStatus.FINISHED]
+            heapify(self._deadlines)
 
     def _schedule_running(self, draft: StepDraft, now: float) -> bool:
         """Rules 1 to 3. Returns whether somebody was preempted."""
@@ -312,7 +318,7 @@ class Scheduler:
 
     def _start(self, state: RequestState, cached: Sequence[BlockId], draft: StepDraft, now: float) -> None:
         resumed = state.status is RequestStatus.PREEMPTED
-        self._room.leave(state, admitted=True)
+        self._room.leave(state)
         move(state, RequestStatus.RUNNING)
         self._running[state.id] = state
         self._kv.adopt(state, cached)
@@ -341,7 +347,7 @@ class Scheduler:
             self._kv.release(state, poisoned=reason is FinishReason.ERROR)
             self._room.hand_back(self._in_flight.dissolve(state.id))
         else:
-            self._room.leave(state, admitted=False)
+            self._room.leave(state)
         if self._accountant is not None and state.reservation is not None:
             self._accountant.release(state.reservation)
         move(state, RequestStatus.FINISHED)

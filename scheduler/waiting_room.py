@@ -6,9 +6,11 @@ Three kinds of people wait here:
     queued       the policy orders them
     set aside    an equal prefix is being computed (see ``in_flight``); the policy does not see them meanwhile
 
-Owns the ageing bound, which no policy can break: whoever is at the head of the arrival order and has been
-overtaken ``max_overtakes`` times goes before the policy's choice, and is not set aside any more. Overtakes are
-counted in admissions, not in seconds, so the bound holds on any machine and for any clock.
+Owns the ageing bound, which no policy can break: whoever is at the head of the arrival order when
+``max_overtakes`` later arrivals have left before it goes before the policy's choice, and is not set aside any
+more. Those who gave up count like those who started: then "how many left" minus "how many came before me" is
+the whole computation, the head always ages first, and nobody is overtaken more than ``max_overtakes`` times.
+It is counted in requests, not in seconds, so the bound holds on any machine and for any clock.
 
 No operation walks over the waiting requests.
 """
@@ -36,7 +38,8 @@ class WaitingRoom:
         self._waiting: OrderedDict[RequestId, RequestState] = OrderedDict()
         self._preempted: list[tuple[int, RequestState]] = []
         self._num_preempted = 0
-        self._num_admitted = 0
+        self._num_entered = 0
+        self._num_left = 0
 
     @property
     def num_waiting(self) -> int:
@@ -58,8 +61,9 @@ class WaitingRoom:
 
     def enter(self, state: RequestState) -> None:
         """A new request queues."""
-        # Those ahead of it now may go first by right; ``max_overtakes`` counts the others.
-        state.overtake_limit = self._num_admitted + len(self._waiting) + self._max_overtakes
+        # All who entered before it may leave before it by right; ``max_overtakes`` counts the others.
+        state.overtake_limit = self._num_entered + self._max_overtakes
+        self._num_entered += 1
         self._waiting[state.id] = state
         self._policy.enqueue(state)
 
@@ -68,18 +72,17 @@ class WaitingRoom:
         heappush(self._preempted, (state.serial, state))
         self._num_preempted += 1
 
-    def leave(self, state: RequestState, *, admitted: bool) -> None:
+    def leave(self, state: RequestState) -> None:
         """The request runs now, or ended. Its status has not been changed yet."""
         if state.status is RequestStatus.PREEMPTED:
             self._num_preempted -= 1  # its heap entry is dropped when it surfaces
             return
         del self._waiting[state.id]
+        self._num_left += 1
         if state.id in self._in_flight:
             self._in_flight.withdraw(state.id)
         else:
             self._policy.remove(state)
-        if admitted:
-            self._num_admitted += 1
 
     def set_aside(self, state: RequestState, block_hash: bytes) -> None:
         """The policy shall not see it until the block with this hash is published, or nobody computes it."""
@@ -93,7 +96,7 @@ class WaitingRoom:
 
     def is_aged(self, state: RequestState) -> bool:
         """Whether nobody may overtake it any more."""
-        return self._num_admitted >= state.overtake_limit
+        return self._num_left >= state.overtake_limit
 
     def next(self, now: float, *, idle: bool) -> RequestState | None:
         """Who should start next; None if nobody should now.

@@ -92,6 +92,13 @@ def guarded_protocol(*, client_turn_s: float, stall_s: float) -> type[asyncio.Pr
                     self._turn.cancel()
                     self._turn = None
             elif self._turn is None and not self.transport.is_closing():
-                self._turn = self.loop.call_later(client_turn_s, self.transport.abort)
+                self._turn = self.loop.call_later(client_turn_s, self._end_turn)
+
+        def _end_turn(self) -> None:
+            self._turn = None
+            if self.transport.get_write_buffer_size():
+                self._watch_turn()  # it is still reading the last answer, which has a bound of its own
+            else:
+                self.transport.abort()
 
     return GuardedProtocol

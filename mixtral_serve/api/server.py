@@ -55,7 +55,7 @@ class _Uvicorn(uvicorn.Server):
     """uvicorn without its signal handlers."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """Leave the signals alone."""
         yield
 

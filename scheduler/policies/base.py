@@ -2,7 +2,7 @@
 
 A policy orders the waiting requests, picks victims and may shrink a request's share of a step. It cannot
 break safety: whatever it answers, budgets hold, nothing leaks, no one is preempted for ever, and no waiting request
-is overtaken more than ``max_overtakes`` times (plus those who were ahead of it when it came).
+is overtaken by more than ``max_overtakes`` later arrivals.
 
 Rules for implementers: keep state of your own, change it only in the calls below, never touch the views; no
 call may cost time proportional to the number of waiting requests (logarithmic is fine).

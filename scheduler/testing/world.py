@@ -80,8 +80,7 @@ class World:
             return False
         fits = request.max_total_tokens <= self.config.max_tokens_per_request
         _require("I19", fits, "a request that can never fit was accepted")
-        waiting = sum(not history.started for history in self._live_histories())
-        self.histories[request.id] = History(request, num_overtakes_allowed=waiting + self.config.max_overtakes)
+        self.histories[request.id] = History(request, num_overtakes_allowed=self.config.max_overtakes)
         invariants.check(self.scheduler)
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 
 import pytest
 from hypothesis import given
@@ -83,17 +84,23 @@ def test_row35_send_never_waits_for_a_reader_and_loses_nothing(pair: tuple[Engin
     assert connection.num_unsent_bytes == 0
 
 
+@pytest.mark.timeout(30)
 def test_an_idle_poll_wakes_up_to_send_what_is_left(pair: tuple[EngineSocket, socket.socket]) -> None:
     connection, other = pair
-    connection.send(b"x" * 1_000_000)
+    connection.send(b"x" * 5_000_000)
     assert connection.num_unsent_bytes > 0
-    decoder = FrameDecoder()
-    out: list[bytes] = []
-    while not out:
-        out = decoder.feed(other.recv(1 << 20))
-        if not out:
-            assert connection.poll(None) == []  # would hang if only input could end the wait
-    assert len(out[0]) == 1_000_000
+
+    def read_all_then_answer() -> None:
+        assert len(read_frames(other, 1)[0]) == 5_000_000
+        other.sendall(frame(b"thanks"))
+
+    reader = threading.Thread(target=read_all_then_answer)
+    reader.start()
+    answer: list[bytes] = []
+    while not answer:
+        answer = connection.poll(None)  # would hang if only input could end the wait
+    reader.join()
+    assert answer == [b"thanks"]
 
 
 def test_a_vanished_reader_costs_nothing(pair: tuple[EngineSocket, socket.socket]) -> None:

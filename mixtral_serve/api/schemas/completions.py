@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -25,7 +25,10 @@ COMPLETION_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "response_format": ({"type": "text"},),
 }
 
-Prompt: TypeAlias = "str | array[int]"
+if TYPE_CHECKING:
+    Prompt: TypeAlias = str | array[int]
+else:
+    Prompt = str | array  # pydantic looks at it, and arrays take no parameter before Python 3.12
 
 
 def _token_ids(ids: list[Any]) -> array[int]:
