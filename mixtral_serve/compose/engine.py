@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--fd", required=True, type=int, help="inherited socket to the API process")
     arguments = parser.parse_args()
     settings = settings_module.from_json(arguments.settings)
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(level=settings.log_level.upper(), style=settings.log_format)
     return run_engine(socket.socket(fileno=arguments.fd), lambda: build_engine(settings))
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
-from collections.abc import Callable
 from typing import Final
 
 from mixtral_serve import __version__
@@ -34,6 +34,8 @@ from scheduler.errors import ConfigError, PlanError
 _log = logging.getLogger(__name__)
 
 EXIT_ADDRESS: Final = 1
+HOPELESS_FACTOR: Final = 5
+"""An engine that stood still so many times longer than makes it not ready is killed and started again."""
 
 ENGINE_ENVIRONMENT: Final = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads would fight the model's
@@ -44,15 +46,79 @@ ENGINE_ENVIRONMENT: Final = {
 
 def run_server(settings: Settings) -> int:
     """Serve until a signal. Returns the exit code: 0, 78 for what cannot be served, 1 for an address that is taken."""
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(level=settings.log_level.upper(), style=settings.log_format)
     try:
         plan = plan_serving(settings)
         scheduler_config(settings, plan)
-        metrics = EngineMetrics(model_name=plan.model_names[0], max_model_len=plan.max_model_len)
-        dependencies = _dependencies(settings, plan, metrics)
+        metrics = EngineMetrics(plan.model_names[0])
+        listening = ServerSettings(settings.host, settings.port, drain_s=settings.shutdown_timeout_s)
+        listener = bind(listening)
+        return asyncio.run(_serve(settings, plan, metrics, listening, listener))
     except (CheckpointError, TextError) as error:
-        return _refuse(f"{settings.model}: {error}")
+        return _refuse(f"{settings.model}: {error}", EXIT_CONFIG)
     except (ConfigError, PlanError) as error:
-        return _refuse(str(error))
+        return _refuse(str(error), EXIT_CONFIG)
+    except OSError as error:
+        return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", EXIT_ADDRESS)
+
+
+async def _serve(
+    settings: Settings,
+    plan: ServingPlan,
+    metrics: EngineMetrics,
+    listening: ServerSettings,
+    listener: socket.socket,
+) -> int:
     _log.info("memory plan for %s\n%s", plan.model_names[0], plan.memory.table())
-    return asyncio.run(_serve(settings, dependencies, metrics))
+    engine = EngineClient(
+        engine_launch(settings),
+        max_waiting=settings.max_num_queued_reqs,
+        max_num_seqs=settings.max_num_seqs,
+        listeners=(metrics, RequestLog()),
+        watchdog=Watchdog(
+            stalled_after_s=settings.stall_timeout_s,
+            hopeless_after_s=HOPELESS_FACTOR * settings.stall_timeout_s,
+        ),
+    )
+    tokenizer = load_tokenizer(plan.checkpoint)
+    dependencies = Dependencies(
+        engine=engine,
+        tokenizer=tokenizer,
+        chat_template=load_chat_template(plan.checkpoint, tokenizer),
+        model_names=plan.model_names,
+        render_metrics=metrics.render,
+        version=__version__,
+        settings=ApiSettings(
+            max_n=settings.max_n, max_body_bytes=settings.max_body_bytes, unknown_fields=settings.unknown_fields
+        ),
+    )
+    host, port = listener.getsockname()[:2]
+
+    def welcome(info: ModelInfo) -> None:
+        sys.stdout.write(greeting(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", plan, info))
+        sys.stdout.flush()
+
+    return await serve(create_app(dependencies), engine, listening, listener=listener, on_ready=welcome)
+
+
+def engine_launch(settings: Settings) -> EngineLaunch:
+    """The command of the engine process."""
+    return EngineLaunch(
+        (sys.executable, "-m", "mixtral_serve.compose.engine", "--settings", to_json(settings)), ENGINE_ENVIRONMENT
+    )
+
+
+def greeting(url: str, plan: ServingPlan, info: ModelInfo) -> str:
+    """What a person sees when the server is ready: the address, and a command that works."""
+    question = "What is the capital of France?"
+    body = f'{{"model": "{plan.model_names[0]}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    return (
+        f"\n  {info.name} is ready on {url}   (context {plan.max_model_len:,} tokens, "
+        f"KV cache {plan.memory.num_kv_tokens:,} tokens)\n\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d \\\n    '{body}'\n\n"
+    )
+
+
+def _refuse(message: str, exit_code: int) -> int:
+    sys.stderr.write(f"mixtral-serve: {message}\n")
+    return exit_code

@@ -109,6 +109,7 @@ class EngineClient:
         self._stop_task: asyncio.Task[None] | None = None
         self._stop_at_s = float("inf")
         self._is_closed = False
+        self._pause: asyncio.Future[None] | None = None
         self._retry_at_s = 0.0
 
     @property
@@ -176,7 +177,10 @@ class EngineClient:
         self._stop_at_s = min(self._stop_at_s, self._clock() + drain_s)
         self._changed.set()
         if self._stop_task is None:
-            self._stop_task = asyncio.create_task(self._shut_down())
+            was_ready = self._state is EngineState.READY
+            if self._state is not EngineState.DEAD:
+                self._set_state(EngineState.DRAINING)
+            self._stop_task = asyncio.create_task(self._shut_down(was_ready))
         await asyncio.shield(self._stop_task)
 
     def submit(self, requests: Sequence[Submit]) -> tuple[TokenStream, ...]:
@@ -308,7 +312,10 @@ class EngineClient:
             self._retry_at_s = self._clock() + delay_s
             self._set_state(EngineState.RESTARTING)
             _log.warning("the engine is started again in %.1f s", delay_s)
-            await self._sleep(delay_s)
+            self._pause = asyncio.ensure_future(self._sleep(delay_s))
+            await asyncio.wait({self._pause})
+            if self._is_closed:
+                return
 
     async def _run_engine(self) -> bool:
         """One engine process from birth to death. Returns whether another one should be tried."""
@@ -318,6 +325,8 @@ class EngineClient:
             self._failed = Failed(message=f"the engine cannot be launched: {error}", exit_code=EXIT_CONFIG)
         else:
             self._process = process
+            if self._is_closed:  # stopped while it was being spawned
+                process.kill()
             exit_code = await process.wait()
             self._process = None
             if exit_code == EXIT_CONFIG and self._failed is None:
@@ -344,23 +353,20 @@ class EngineClient:
                 _log.error("the engine has not moved for %.0f s and is killed", self._watchdog.quiet_s)
                 process.kill()
 
-    async def _shut_down(self) -> None:
-        was_ready = self._state is EngineState.READY
-        if self._state is not EngineState.DEAD:
-            self._set_state(EngineState.DRAINING)
+    async def _shut_down(self, was_ready: bool) -> None:
         await self._drained()
         self._end_all(_SHUTTING_DOWN)
         self._is_closed = True
         if self._tasks:
             supervisor, watcher = self._tasks
             watcher.cancel()
+            if self._pause is not None:
+                self._pause.cancel()
             if was_ready:
                 self._post(Shutdown())
                 await asyncio.wait({supervisor}, timeout=_SHUTDOWN_GRACE_S)
             if self._process is not None:
                 self._process.kill()
-                await asyncio.wait({supervisor}, timeout=_SHUTDOWN_GRACE_S)
-            supervisor.cancel()
             await asyncio.wait(self._tasks)
         self._set_state(EngineState.DEAD)
 

@@ -159,11 +159,10 @@ def _check_tensor(
     file: str, name: str, dtype: str, dims: tuple[int, ...], shape: ModelShape, expected: dict[str, tuple[int, ...]]
 ) -> bool:
     """Whether the tensor is to be loaded; the named exceptions are not."""
-    if name not in expected:
-        if _LEGACY.fullmatch(name):
-            return False
-        if not (shape.tied and name == HEAD):
-            raise CheckpointError(file, "is a tensor that the model does not have", subject=name)
+    if _LEGACY.fullmatch(name):
+        return False
+    if name not in expected and not (shape.tied and name == HEAD):
+        raise CheckpointError(file, "is a tensor that the model does not have", subject=name)
     wanted = expected.get(name, expected[EMBEDDING])
     if dims != wanted:
         raise CheckpointError(file, f"has shape {list(dims)}, the config asks for {list(wanted)}", subject=name)

@@ -146,7 +146,9 @@ class _Fields:
 
     def positive(self, name: str, *, default: float) -> float:
         """A finite number above 0."""
-        value = self.values.get(name, default)
+        value = self.values.get(name)
+        if value is None:
+            value = default
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             self.fail(name, f"must be a positive number, is {str(value)[:60]}")
         return float(value)

@@ -12,11 +12,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from scheduler import invariants
 from scheduler.accountant import MemoryAccountant
 from scheduler.config import SchedulerConfig
-from scheduler.errors import AdmissionError
+from scheduler.errors import AdmissionError, QueueFullError, RequestTooLargeError
 from scheduler.events import Admitted, Event, Finished, Preempted, PrefixHit, PromptScored, Resumed, TokensCommitted
 from scheduler.invariants import InvariantError
 from scheduler.lifecycle import FinishReason
@@ -27,6 +28,10 @@ from scheduler.request import TOKEN_TYPECODE, Request, RequestId
 from scheduler.scheduler import Scheduler
 from scheduler.sim.clock import VirtualClock
 from scheduler.testing.fake_runner import Fault, HonestModel, KVHonestRunner, StepCrash, reference_output
+from scheduler.testing.reach import Reach
+
+
+_REFUSALS: Final = {RequestTooLargeError: "too large", QueueFullError: "queue full"}
 
 
 @dataclass(slots=True)
@@ -63,7 +68,7 @@ class World:
         self.runner = KVHonestRunner(config.num_blocks, config.block_size, self.model)
         self.histories: dict[RequestId, History] = {}
         self.trace: list[Event] = []
-        self._num_moves_left = 0
+        self.reach = Reach()
 
     @property
     def live(self) -> list[RequestId]:
@@ -75,7 +80,8 @@ class World:
         before = (self.scheduler.stats(), self.accountant.stats())
         try:
             self.scheduler.add(request, self.clock())
-        except AdmissionError:
+        except AdmissionError as refusal:
+            self.reach.refused(_REFUSALS.get(type(refusal), "memory full"))
             _require("I8", (self.scheduler.stats(), self.accountant.stats()) == before, "a refusal changed something")
             return False
         fits = request.max_total_tokens <= self.config.max_tokens_per_request
@@ -103,17 +109,20 @@ class World:
         """One step: plan, run, commit. ``finish_in_flight`` are cancelled between run and commit."""
         had_work = self.scheduler.has_work
         oldest = self._oldest_running()
+        self.reach.before_step(self.scheduler)
         plan = self.scheduler.step(self.clock())
         self._see(plan.events)
         invariants.check(self.scheduler)
         invariants.check_plan(self.scheduler, plan)
         self._check_progress(plan, had_work, oldest)
+        self.reach.planned(self.scheduler, plan)
         result = self._run(plan, faults or {}, crash_after)
         for request_id in finish_in_flight:
             self.finish(request_id)
         events = self.scheduler.commit(result, self.clock())
         self._see(events)
         invariants.check(self.scheduler)
+        self.reach.committed(self.scheduler, events)
         return (*plan.events, *events)
 
     def settle(self) -> None:

@@ -205,9 +205,7 @@ class Api:
     engine: ScriptedEngine
     deps: Dependencies
 
-    async def send(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
-    ) -> Reply:
+    async def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         call = exchange(self.app, method, path, data, headers)
         await call.start()

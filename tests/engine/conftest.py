@@ -105,12 +105,12 @@ class Driver:
         return reason
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_driver() -> type[Driver]:
     return Driver
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def submit_of() -> Callable[..., Submit]:
     return make_submit
 
@@ -123,10 +123,10 @@ class Recorder:
         self.ticks: list[Tick] = []
         self.states: list[EngineState] = []
 
-    def on_submit(self, submit: Submit, now: float) -> None:
+    def on_submit(self, submit: Submit, now: float) -> None:  # noqa: ARG002 - the protocol's
         self.submits.append(submit.request_id)
 
-    def on_tick(self, tick: Tick, now: float) -> None:
+    def on_tick(self, tick: Tick, now: float) -> None:  # noqa: ARG002 - the protocol's
         self.ticks.append(tick)
 
     def on_state(self, state: EngineState) -> None:
@@ -152,7 +152,7 @@ def launch_of(script: FakeScript) -> EngineLaunch:
     return EngineLaunch(argv, {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_client() -> Callable[..., Any]:
     """``async with new_client(script, ...) as client``: started, stopped in the end whatever happened."""
 
@@ -169,7 +169,7 @@ def new_client() -> Callable[..., Any]:
     return opened
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run() -> Callable[[Coroutine[Any, Any, None]], None]:
     """Runs a coroutine on a fresh event loop, within a minute."""
 
@@ -179,7 +179,7 @@ def run() -> Callable[[Coroutine[Any, Any, None]], None]:
     return run_it
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def until() -> Callable[..., Coroutine[Any, Any, None]]:
     """Waits for a condition that another process brings about."""
 
