@@ -19,6 +19,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isnan
 from typing import NewType, Protocol
 
 from scheduler.accountant import ReservationId
@@ -92,6 +93,11 @@ class Request:
             raise InvalidRequestError("max_tokens", f"must be 0 for {self.kind.value} requests")
         if not 0 <= self.stop.min_tokens <= self.stop.max_tokens:
             raise InvalidRequestError("min_tokens", f"must be between 0 and max_tokens ({self.stop.max_tokens})")
+        # A time that compares with nothing would spoil the order of everybody else's deadlines.
+        if isnan(self.arrival_s):
+            raise InvalidRequestError("arrival_s", "must be a number")
+        if self.deadline_s is not None and isnan(self.deadline_s):
+            raise InvalidRequestError("deadline_s", "must be a number")
 
     @property
     def scores_prompt(self) -> bool:

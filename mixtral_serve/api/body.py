@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 from pydantic import ValidationError
@@ -27,6 +27,7 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 _MAX_DIAGNOSED_BYTES: Final = 65_536
 _MAX_INT_DIGITS: Final = 20
+_MAX_PARAM_CHARS: Final = 160
 _MAX_WARNED_FIELDS: Final = 16
 
 _CODES: Final[Mapping[str, str]] = {
@@ -35,7 +36,7 @@ _CODES: Final[Mapping[str, str]] = {
     "finite_number": "invalid_value",
     "literal_error": "invalid_value",
     "too_long": "array_above_max_length",
-    "too_short": "array_below_min_length",
+    "too_short": "empty_array",
     "string_too_long": "string_above_max_length",
     "string_too_short": "empty_string",
     # Raised by our own validators under the code they want.
@@ -127,7 +128,7 @@ def _param(location: tuple[int | str, ...]) -> str:
             path += f"[{part}]"
         elif part != "[key]":  # pydantic's mark for the key of a mapping rather than its value
             path += f".{clean_name(part)}" if path else clean_name(part)
-    return path
+    return path[:_MAX_PARAM_CHARS]
 
 
 def _drop(fields: dict[str, Any], location: tuple[int | str, ...]) -> None:
@@ -153,25 +154,41 @@ def _diagnosed(body: bytes) -> InvalidRequest:
 
 
 def _refuse(value: object, is_bad: Callable[[object], bool], message: str) -> None:
-    for location, leaf in _leaves(value):
+    for place, leaf in _leaves(value):
         if is_bad(leaf):
-            param = _param(location) or None
-            raise InvalidRequest(f"'{param}' {message}.", param=param, code="invalid_value")
+            param = _param(_location(place)) or None
+            what = "The body" if param is None else f"'{param}'"
+            raise InvalidRequest(f"{what} {message}.", param=param, code="invalid_value")
 
 
-def _leaves(value: object) -> Iterator[tuple[tuple[int | str, ...], object]]:
+class _Place(NamedTuple):
+    """Where a value is: a link to the place of what holds it. Whole paths would cost depth times width."""
+
+    parent: _Place | None
+    part: int | str
+
+
+def _location(place: _Place | None) -> tuple[int | str, ...]:
+    parts: list[int | str] = []
+    while place is not None:
+        parts.append(place.part)
+        place = place.parent
+    return tuple(reversed(parts))
+
+
+def _leaves(value: object) -> Iterator[tuple[_Place | None, object]]:
     """Keys and scalar values with their places. Iterative: the value may be nested deeply."""
-    pending: list[tuple[tuple[int | str, ...], object]] = [((), value)]
+    pending: list[tuple[_Place | None, object]] = [(None, value)]
     while pending:
-        location, item = pending.pop()
+        place, item = pending.pop()
         if isinstance(item, dict):
             for key, child in item.items():
-                yield location, key
-                pending.append(((*location, key), child))
+                yield _Place(place, key), key
+                pending.append((_Place(place, key), child))
         elif isinstance(item, list):
-            pending.extend(((*location, index), child) for index, child in enumerate(item))
+            pending.extend((_Place(place, index), child) for index, child in enumerate(item))
         else:
-            yield location, item
+            yield place, item
 
 
 def _bounded_int(digits: str) -> float:

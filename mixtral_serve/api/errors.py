@@ -6,7 +6,8 @@
     ├── BodyTimeout               408
     ├── BodyTooLarge              413
     ├── UnsupportedMediaType      415
-    └── Interrupted               the answer was cut short by the server
+    ├── ClientDisconnected        499, which nobody reads
+    └── Interrupted               503, the answer was cut short by the server
 
 Owns: this tree, and ``describe``, the only place that decides status, type, code and text of an error, whoever
 raised it: this room, the engine's client, the text room, the web framework, or nobody on purpose.
@@ -73,6 +74,10 @@ class BodyTooLarge(ApiError):
 
 class UnsupportedMediaType(ApiError):
     """The body is not plain JSON."""
+
+
+class ClientDisconnected(ApiError):
+    """The client left before its answer was there."""
 
 
 class Interrupted(ApiError):
@@ -147,6 +152,7 @@ _TABLE: Final[tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...]] 
     (BodyTimeout, lambda _: Problem(408, INVALID_REQUEST, "request_timeout", "The request body came too slowly.")),
     (BodyTooLarge, lambda e: Problem(413, INVALID_REQUEST, "request_too_large", f"Refused: {e}.")),
     (UnsupportedMediaType, lambda e: Problem(415, INVALID_REQUEST, "unsupported_media_type", str(e))),
+    (ClientDisconnected, lambda _: Problem(499, INVALID_REQUEST, "client_disconnected", "The client has left.")),
     (PromptTooLong, _too_long),
     (TokenOutOfRange, lambda e: Problem(400, INVALID_REQUEST, "invalid_value", f"'{e.param}': {e}.", e.param)),
     (

@@ -13,13 +13,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive
 
-from mixtral_serve.api.errors import ApiError, Problem
+from mixtral_serve.api.errors import ClientDisconnected, Problem
 
 T = TypeVar("T")
-
-
-class ClientDisconnected(ApiError):
-    """The client left before its answer was there. Nobody reads what follows."""
 
 
 class JsonResponse(Response):

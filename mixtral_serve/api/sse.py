@@ -21,8 +21,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mixtral_serve.api.errors import describe
-from mixtral_serve.api.responses import ClientDisconnected, until_disconnect
+from mixtral_serve.api.errors import ClientDisconnected, describe
+from mixtral_serve.api.responses import until_disconnect
 
 _log = logging.getLogger(__name__)
 

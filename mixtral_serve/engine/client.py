@@ -3,10 +3,13 @@
 Owns: the engine process (through ``EngineProcess``), the token streams of all live requests, the engine's
 state as seen from here, and the restarts.
 
-    LOADING ──► READY ──────► DRAINING ──► DEAD
-       │  ▲       │                         ▲
-       ▼  │       ▼                         │ cannot start as configured
-      RESTARTING ◄┘ ────────────────────────┘
+    LOADING ──► READY ◄──► RESTARTING     an engine that dies is started again, after a pause that doubles
+       │          │            │
+       ├──────────┼────────────┼──► DEAD  the engine says that it cannot start as configured
+       └──► DRAINING ◄─────────┘
+               └──────────────────► DEAD  stopped
+
+(LOADING goes to RESTARTING too, when the first engine dies before it is ready.)
 
 Invariants: every accepted request ends in exactly one delta with a finish reason, on its stream and at the listeners
 alike, also when the engine dies (then the client writes it, with "error"); nothing here waits for a reader; listeners
@@ -193,6 +196,9 @@ class EngineClient:
         """
         if self._state is not EngineState.READY or self._info is None:
             raise self._unavailable()
+        ids = {request.request_id for request in requests}
+        assert len(ids) == len(requests), "request ids are never used twice"
+        assert ids.isdisjoint(self._streams), "request ids are never used twice"
         check_submits(requests, self._info)
         num_live = len(self._streams) + len(requests)
         if num_waiting(self._stats, num_live, self._max_num_seqs) > self._max_waiting:
@@ -200,7 +206,6 @@ class EngineClient:
         now = self._clock()
         streams: list[TokenStream] = []
         for request in requests:
-            assert request.request_id not in self._streams, "request ids are never used twice"
             stream = TokenStream(request.request_id, self._cancel, self._to_error)
             self._streams[request.request_id] = stream
             streams.append(stream)

@@ -147,17 +147,15 @@ class FakeRunner:
         if duration_s > 0:
             time.sleep(duration_s)
         step_fault = script.faults.get(self.num_steps)
-        if step_fault is not None:
-            self._commit_fault(step_fault)
+        self._commit(step_fault)
         results = []
         for scheduled, sampling in batch.rows():
             self._write(scheduled)
-            fault = step_fault or self._poison(scheduled)
+            fault = Fault.NAN if step_fault is Fault.NAN else self._poison(scheduled)
             if fault is Fault.NAN:
                 results.append(_error(scheduled, "non-finite logits"))
                 continue
-            if fault is not None:
-                self._commit_fault(fault)
+            self._commit(fault)
             results.append(self._compute(scheduled, sampling))
         return StepResult(tuple(results))
 
@@ -239,7 +237,7 @@ class FakeRunner:
                 return self.script.poison[token_id]
         return None
 
-    def _commit_fault(self, fault: Fault) -> None:
+    def _commit(self, fault: Fault | None) -> None:
         if fault is Fault.RAISE:
             raise RuntimeError("the fake step failed, as it was told to")
         if fault is Fault.EXIT:

@@ -114,7 +114,7 @@ class StepTiming(msgspec.Struct, frozen=True):
     run_s: float
     """The runner alone."""
     total_s: float
-    """The whole tick, messages included."""
+    """The whole step: planning, running, texts and commit; encoding and sending come after it."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

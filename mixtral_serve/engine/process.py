@@ -110,9 +110,9 @@ def _send(connection: EngineSocket, message: Outbox) -> None:
 
 
 def _obey_the_parent_only() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
     if sys.platform == "linux":
         # A dead parent is also seen as the end of the socket, but not while a step runs or the model loads.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)

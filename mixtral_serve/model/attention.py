@@ -29,9 +29,6 @@ from mixtral_serve.model.kv_cache import PagedKVCache
 
 ATTENTION: Final = "mixtral_paged"
 
-_MAX_MASK_ELEMENTS: Final = 4 << 20
-"""Queries are cut so that one mask has at most so many elements (16 MB in fp32)."""
-
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
@@ -68,6 +65,8 @@ class AttentionStep:
     """[rows]: where each row's key and value go."""
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillSlice, ...]
+    max_mask_elements: int = 4 << 20
+    """Queries are cut so that one mask has at most so many elements (16 MB in fp32)."""
 
 
 def register_attention() -> None:
@@ -115,7 +114,11 @@ def paged_attention_forward(
     for part in step.prefills:
         rows = slice(part.first_row, part.first_row + part.num_rows)
         context = (keys[rows], values[rows]) if part.blocks is None else step.cache.gather(layer, part.blocks)
-        _attend_prefill(out[rows], queries[rows], *context, part, scaling, sliding_window)
+        at_once = max(1, step.max_mask_elements // (part.start - part.blocks_start + part.num_rows))
+        for first in range(0, part.num_rows, at_once):
+            chunk = slice(first, min(first + at_once, part.num_rows))
+            seen = _Seen.of(part, chunk, sliding_window)
+            out[rows][chunk] = _attend_prefill(queries[rows][chunk], *context, seen, scaling)
     return out.unsqueeze(0), None
 
 
@@ -136,53 +139,55 @@ def _attend_decodes(
     return attended.reshape(num_rows, num_heads, head_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Which keys a run of queries may see, in positions relative to the first gathered one."""
+
+    first_query: int
+    num_queries: int
+    first_key: int
+    window: int | None
+
+    @classmethod
+    def of(cls, part: PrefillSlice, chunk: slice, window: int | None) -> _Seen:
+        first = part.start - part.blocks_start + chunk.start
+        return cls(first, chunk.stop - chunk.start, 0 if window is None else max(0, first - window + 1), window)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first_key, self.first_query + self.num_queries)
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """Whether queries and keys are the same positions and no window cuts in."""
+        return self.first_query == 0 and (self.window is None or self.num_queries <= self.window)
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """[queries, keys]: minus infinity where a query must not look."""
+        at = torch.arange(self.first_query, self.keys.stop).unsqueeze(1)
+        key = torch.arange(self.keys.start, self.keys.stop).unsqueeze(0)
+        forbidden = key > at
+        if self.window is not None:
+            forbidden |= key <= at - self.window
+        return torch.zeros(forbidden.shape, dtype=dtype).masked_fill_(forbidden, float("-inf"))
+
+
 def _attend_prefill(
-    out: torch.Tensor,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    part: PrefillSlice,
-    scaling: float,
-    window: int | None,
-) -> None:
-    """Fill ``out`` [rows, query_heads, head_dim]; ``keys`` [context, kv_heads, head_dim] start at ``blocks_start``."""
-    offset = part.start - part.blocks_start
-    step = max(1, _MAX_MASK_ELEMENTS // (offset + part.num_rows))
-    for first in range(0, part.num_rows, step):
-        end = min(first + step, part.num_rows)
-        num_keys = offset + end
-        hidden = 0 if window is None else max(0, offset + first - window + 1)
-        seen = slice(hidden, num_keys)
-        causal = hidden == 0 and offset + first == 0 and (window is None or num_keys <= window)
-        bias = None if causal else _bias(offset + first, offset + end, seen, window, queries)
-        out[first:end] = _attend_chunk(queries[first:end], keys[seen], values[seen], bias, scaling)
-
-
-def _attend_chunk(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scaling: float
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: _Seen, scaling: float
 ) -> torch.Tensor:
-    """[rows, query_heads, head_dim]; without a bias the rows are the keys' own positions, causally masked."""
+    """``queries`` [rows, query_heads, head_dim] against ``keys`` and ``values`` [context, kv_heads, head_dim]."""
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     per_kv_head = num_heads // num_kv_heads
+    keys, values = keys[seen.keys], values[seen.keys]
     # Key heads are the batch; the query heads of one key head are its heads, all with the same keys (stride 0).
     shared = (num_kv_heads, per_kv_head, keys.shape[0], head_dim)
     attended = functional.scaled_dot_product_attention(
         queries.transpose(0, 1).reshape(num_kv_heads, per_kv_head, num_rows, head_dim),
         keys.transpose(0, 1).unsqueeze(1).expand(shared),
         values.transpose(0, 1).unsqueeze(1).expand(shared),
-        attn_mask=bias,
-        is_causal=bias is None,
+        attn_mask=None if seen.is_plain_causal else seen.bias(queries.dtype),
+        is_causal=seen.is_plain_causal,
         scale=scaling,
     )
     return attended.reshape(num_heads, num_rows, head_dim).transpose(0, 1)
-
-
-def _bias(first: int, end: int, seen: slice, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """[end - first, keys seen]: minus infinity where a query at ``first ..`` must not look."""
-    at = torch.arange(first, end).unsqueeze(1)
-    key = torch.arange(seen.start, seen.stop).unsqueeze(0)
-    forbidden = key > at
-    if window is not None:
-        forbidden |= key <= at - window
-    return like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))

@@ -37,9 +37,10 @@ class ThreadPlan:
 
     def __str__(self) -> str:
         quota = "no CPU quota" if self.quota_cpus is None else f"a CPU quota of {self.quota_cpus:g}"
+        plural = "" if self.num_threads == 1 else "s"
         clipped = " (clipped)" if self.num_threads < self.requested else ""
         return (
-            f"computing with {self.num_threads} threads{clipped}: {self.requested} configured, "
+            f"computing with {self.num_threads} thread{plural}{clipped}: {self.requested} configured, "
             f"{self.num_affinity_cpus} CPUs in the affinity mask, {quota}"
         )
 

@@ -26,7 +26,14 @@ def storm(new_policy: Callable[[], Policy], seed: int, *, num_requests: int = 10
     Raises:
         InvariantError: a law does not hold.
     """
-    random = Random(seed)
+    try:
+        return _play(new_policy, Random(seed), num_requests)
+    except Exception as error:
+        error.add_note(f"in storm({new_policy.__name__}, {seed}, num_requests={num_requests})")
+        raise
+
+
+def _play(new_policy: Callable[[], Policy], random: Random, num_requests: int) -> World:
     world = World(
         stormy_config(random),
         new_policy(),
@@ -58,7 +65,7 @@ def stormy_config(random: Random) -> SchedulerConfig:
         max_prefill_chunk=random.choice([None, None, 3]),
         max_waiting=random.choice([8, 100]),
         enable_prefix_caching=random.random() < 0.9,
-        max_preemptions=random.choice([0, 1, 2, 3]),
+        max_preemptions=random.choice([0, 1, 1, 2, 3]),
         max_overtakes=random.choice([0, 2, 20]),
     )
 
@@ -87,7 +94,7 @@ def stormy_request(random: Random, request_id: str, now: float, limit: int) -> R
         priority=random.randint(-2, 2),
         tenant=random.choice(TENANTS),
         cache_salt=random.choice(["", "", "", "x"]),
-        deadline_s=now + random.choice([0.5, 1.0]) if random.random() < 0.2 else None,
+        deadline_s=now + random.choice([0.5, 1.0]) if random.random() < 0.3 else None,
         prompt_logprobs=random.random() < 0.15,
     )
 

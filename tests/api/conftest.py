@@ -308,3 +308,9 @@ def run() -> Callable[[Coroutine[Any, Any, Any]], Any]:
         return asyncio.run(bounded())
 
     return runner
+
+
+@pytest.fixture
+def start_exchange() -> Callable[..., Exchange]:
+    """Build an ``Exchange``."""
+    return exchange

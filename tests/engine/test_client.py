@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -177,7 +178,7 @@ def test_row37_row52_a_killed_engine_ends_every_stream_and_comes_back(run, new_c
             with pytest.raises(EngineUnavailable, match="restarting") as refusal:
                 client.submit([submit_of("early")])
             assert 0 < refusal.value.retry_after_s < 10
-            assert sleeper.asked_s == [0.5]
+            await until(lambda: sleeper.asked_s == [0.5])
             sleeper.go.set()
             await client.wait_ready()
             assert client.is_ready
@@ -196,6 +197,42 @@ def test_row37_a_crash_loop_backs_off_and_never_gives_up(run, new_client, until)
             await until(lambda: len(sleeper.asked_s) >= 3)
             assert sleeper.asked_s[:3] == [0.5, 1.0, 2.0]
             assert client.state is EngineState.RESTARTING
+
+    run(story())
+
+
+def test_row37_an_engine_that_speaks_gibberish_is_replaced(run, new_client, until):
+    async def story() -> None:
+        sleeper = Sleeper()
+        program = "import os, sys; os.write(int(sys.argv[-1]), b'\\xff' * 64); os.read(int(sys.argv[-1]), 1)"
+        async with new_client(EngineLaunch((sys.executable, "-c", program)), sleep=sleeper) as client:
+            await until(lambda: client.state is EngineState.RESTARTING)
+
+    run(story())
+
+
+def test_row37_an_engine_that_dies_while_draining_ends_the_drain(run, new_client, submit_of):
+    async def story() -> None:
+        async with new_client(ENDLESS) as client:
+            await client.wait_ready()
+            (stream,) = client.submit([submit_of("a", max_tokens=4000)])
+            await first_of(stream)
+            stopping = asyncio.create_task(client.stop(3600.0))
+            os.kill(client.engine_pid, signal.SIGKILL)
+            with pytest.raises(RequestFailed):
+                await text_of(stream)
+            await stopping
+            assert client.state is EngineState.DEAD
+
+    run(story())
+
+
+def test_a_stop_right_after_the_start_leaves_no_process_behind(run, new_client):
+    async def story() -> None:
+        async with new_client(FakeScript(load_s=30.0)) as client:
+            await client.stop(0.0)
+            assert client.state is EngineState.DEAD
+            assert client.engine_pid is None
 
     run(story())
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -116,6 +119,52 @@ def test_the_engine_ends_with_its_parent_when_idle_and_when_busy(submit_of):
                 line.hear()
             line.sock.close()
             assert process.wait(10) in (0, 1)
+
+
+PARENT = """
+import asyncio, json, sys, time
+from mixtral_serve.engine.client import EngineClient
+from mixtral_serve.engine.launch import EngineLaunch
+
+async def main():
+    argv = (sys.executable, "-m", "mixtral_serve.engine.fakes", "--script", json.dumps({"load_s": 600}))
+    client = EngineClient(EngineLaunch(argv), max_waiting=1)
+    await client.start()
+    while client.engine_pid is None:
+        await asyncio.sleep(0.01)
+    print(client.engine_pid, flush=True)
+    await client.wait_ready()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells of a parent's death on Linux only")
+def test_row52_an_engine_that_is_still_loading_ends_with_a_killed_parent():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        assert parent.stdout is not None
+        stat = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+        deadline_s = time.monotonic() + 20
+        while "loading" not in loading_state_of(stat):
+            assert time.monotonic() < deadline_s, "the engine does not begin to load"
+            time.sleep(0.02)
+        parent.kill()
+        while loading_state_of(stat) != "gone":
+            assert time.monotonic() < deadline_s, "the engine outlives its parent"
+            time.sleep(0.02)
+
+
+def loading_state_of(stat: Path) -> str:
+    """Whether an engine process has come to ignore SIGTERM (it loads then), or has ended."""
+    try:
+        if stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return "gone"
+        ignored = re.search(r"SigIgn:\s*(\w+)", stat.with_name("status").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    assert ignored is not None
+    return "loading" if int(ignored[1], 16) & 1 << (signal.SIGTERM - 1) else "starting"
 
 
 def test_row58_sigint_and_sigterm_are_for_the_parent(submit_of):

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole and harmless is refused before anything is loaded, by one line that names the fault."""
+"""A checkpoint that is not whole and harmless is refused before anything is loaded, in a line that names the fault."""
 
 from __future__ import annotations
 

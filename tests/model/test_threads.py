@@ -1,4 +1,4 @@
-"""The number of threads is the configured one, clipped to the affinity mask and to every CPU quota above the process."""
+"""The number of threads is the configured one, clipped to the affinity mask and every CPU quota above the process."""
 
 from __future__ import annotations
 
@@ -92,6 +92,6 @@ def test_applying_a_plan_sets_torch_and_says_so(caplog) -> None:
         apply_threads(plan)
     assert torch.get_num_threads() == 1
     assert caplog.records[-1].message == (
-        "computing with 1 threads (clipped): 8 configured, 4 CPUs in the affinity mask, a CPU quota of 1.5"
+        "computing with 1 thread (clipped): 8 configured, 4 CPUs in the affinity mask, a CPU quota of 1.5"
     )
     assert "no CPU quota" in str(ThreadPlan(8, 8, 8, None))

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from mixtral_serve.api.errors import InvalidRequest
 from mixtral_serve.api.schemas.common import (
+    MAX_ITEMS,
     MAX_LOGPROBS,
     UNSUPPORTED,
     GenerationRequest,
@@ -22,9 +23,6 @@ from mixtral_serve.api.schemas.common import (
     refuse_unsupported,
 )
 from mixtral_serve.text.conversation import ChatMessage
-
-MAX_MESSAGES: Final = 1024
-MAX_PARTS: Final = 1024
 
 CHAT_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     **UNSUPPORTED,
@@ -63,8 +61,6 @@ def _text(value: object) -> object:
     """Content as one string: text parts are joined."""
     if not isinstance(value, list):
         return value
-    if len(value) > MAX_PARTS:
-        raise PydanticCustomError("array_above_max_length", "There are too many parts")
     texts: list[str] = []
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
@@ -87,7 +83,7 @@ class Message(StrictModel):
 class ChatRequest(GenerationRequest):
     """A chat completion request."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

@@ -22,6 +22,8 @@ from mixtral_serve.api.errors import InvalidRequest, clean_name
 MAX_STOPS: Final = 4
 MAX_STOP_CHARS: Final = 64
 MAX_LOGPROBS: Final = 20
+MAX_KEYS: Final = 64
+MAX_ITEMS: Final = 1024
 _INT32_MAX: Final = 2**31 - 1
 _INT64_MAX: Final = 2**63 - 1
 
@@ -57,13 +59,20 @@ def refuse_unsupported(
 ) -> dict[str, Any]:
     """``fields`` without nulls and without unsupported fields that ask for nothing.
 
+    Sizes are bounded here, before the schema looks: it would describe each of a hundred thousand faults.
+
     Raises:
-        InvalidRequest: an unsupported field asks for something.
+        InvalidRequest: an unsupported field asks for something, or there is far too much of something.
     """
+    if len(fields) > MAX_KEYS:
+        raise InvalidRequest(
+            f"An object has at most {MAX_KEYS} fields.", param=path.rstrip(".") or None, code="array_above_max_length"
+        )
     kept: dict[str, Any] = {}
     for name, value in fields.items():
         if value is None:
             continue
+        _check_size(path + clean_name(name), value)
         if name not in unsupported:
             kept[name] = value
         elif not any(_is_same(value, neutral) for neutral in unsupported[name]):
@@ -72,6 +81,14 @@ def refuse_unsupported(
                 f"'{param}' is not supported by this server.", param=param, code="unsupported_parameter"
             )
     return kept
+
+
+def _check_size(param: str, value: object) -> None:
+    is_too_large = isinstance(value, dict) and len(value) > MAX_KEYS
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        is_too_large = param != "prompt"  # which counts tokens, and is checked at once
+    if is_too_large:
+        raise InvalidRequest(f"'{param}' has too many items.", param=param, code="array_above_max_length")
 
 
 def _is_same(value: object, neutral: object) -> bool:
