@@ -73,9 +73,9 @@ class Choice:
 def submits_for(
     request: GenerationRequest,
     prompts: Sequence[array[int]],
+    *,
     info: ModelInfo,
     origin: Origin,
-    *,
     default_max_tokens: int | None,
     strip_leading_space: bool,
 ) -> tuple[Submit, ...]:
@@ -92,7 +92,9 @@ def submits_for(
     seed = secrets.randbits(64) if request.seed is None else request.seed & _UINT64
     submits: list[Submit] = []
     for prompt in prompts:
-        max_tokens = _max_tokens(request, info, len(prompt), default_max_tokens, origin.prompt_param)
+        max_tokens = _max_tokens(
+            request, info, num_prompt_tokens=len(prompt), default=default_max_tokens, param=origin.prompt_param
+        )
         data = prompt.tobytes()
         submits += [
             Submit(
@@ -107,7 +109,7 @@ def submits_for(
                 include_stop=request.include_stop_str_in_output,
                 skip_special_tokens=request.skip_special_tokens,
                 strip_leading_space=strip_leading_space,
-                sampling=_sampling(request, seed, choice),
+                sampling=_sampling(request, seed=seed, choice=choice),
                 priority=request.priority,
                 tenant=origin.caller.tenant,
                 cache_salt=request.cache_salt,
@@ -148,19 +150,19 @@ def usage(prompts: Sequence[array[int]], choices: Sequence[Choice]) -> dict[str,
 
 
 def _max_tokens(
-    request: GenerationRequest, info: ModelInfo, num_prompt_tokens: int, default: int | None, prompt_param: str
+    request: GenerationRequest, info: ModelInfo, *, num_prompt_tokens: int, default: int | None, param: str
 ) -> int:
     try:
         max_tokens = resolve_max_tokens(info, num_prompt_tokens, request.asked_max_tokens(), default=default)
     except PromptTooLong as error:
-        raise InvalidRequest(str(error), param=prompt_param, code="context_length_exceeded") from None
+        raise InvalidRequest(str(error), param=param, code="context_length_exceeded") from None
     if request.min_tokens > max_tokens:
         message = f"'min_tokens' is at most the number of output tokens, here {max_tokens}."
         raise InvalidRequest(message, param="min_tokens", code="integer_above_max_value")
     return max_tokens
 
 
-def _sampling(request: GenerationRequest, seed: int, choice: int) -> SamplingParams:
+def _sampling(request: GenerationRequest, *, seed: int, choice: int) -> SamplingParams:
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,

@@ -44,7 +44,7 @@ class PromptEncoder:
             message = "The model has no chat template: use /v1/completions."
             raise InvalidRequest(message, param="messages", code="unsupported_parameter")
         texts = [message.content for message in messages]
-        return await self._encoded(texts, "messages", info, lambda: template.encode(messages))
+        return await self._encoded(texts, info, param="messages", encode=lambda: template.encode(messages))
 
     async def text(self, text: str, info: ModelInfo) -> array[int]:
         """Ids of a completion's prompt, with the beginning-of-sequence token.
@@ -52,10 +52,12 @@ class PromptEncoder:
         Raises:
             InvalidRequest: it cannot fit.
         """
-        return await self._encoded([text], "prompt", info, lambda: self._tokenizer.encode(text, add_bos=True))
+        return await self._encoded(
+            [text], info, param="prompt", encode=lambda: self._tokenizer.encode(text, add_bos=True)
+        )
 
     async def _encoded(
-        self, texts: Sequence[str], param: str, info: ModelInfo, encode: Callable[[], array[int]]
+        self, texts: Sequence[str], info: ModelInfo, *, param: str, encode: Callable[[], array[int]]
     ) -> array[int]:
         least = sum(map(self._tokenizer.min_num_tokens, texts))
         limit = limit_for(info)

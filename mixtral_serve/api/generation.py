@@ -36,7 +36,7 @@ class Generation:
     headers: dict[str, str]
 
 
-async def generate(generation: Generation, engine: Engine, receive: Receive) -> Response:
+async def generate(generation: Generation, engine: Engine, *, receive: Receive) -> Response:
     """Run a generation and answer with it.
 
     Raises:

@@ -49,7 +49,7 @@ class Intake(Generic[RequestT]):
     """Reads and checks the requests of one endpoint."""
 
     def __init__(
-        self, deps: Dependencies, model: type[RequestT], screen: Callable[[Mapping[str, Any]], dict[str, Any]]
+        self, deps: Dependencies, model: type[RequestT], *, screen: Callable[[Mapping[str, Any]], dict[str, Any]]
     ) -> None:
         """``screen`` drops nulls and refuses unsupported fields before ``model`` validates."""
         self._deps = deps

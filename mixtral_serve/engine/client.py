@@ -56,7 +56,7 @@ from mixtral_serve.engine.messages import (
 )
 from mixtral_serve.engine.stream import TokenStream
 from mixtral_serve.engine.watchdog import Health, Watchdog
-from scheduler.errors import QueueFullError
+from scheduler.errors import MemoryFullError, QueueFullError
 from scheduler.lifecycle import FinishReason
 
 P = ParamSpec("P")
@@ -67,6 +67,9 @@ _SHUTDOWN_GRACE_S: Final = 3.0
 """How long the engine may take to end after ``Shutdown``; a step cannot be interrupted otherwise."""
 _LOADING_RETRY_AFTER_S: Final = 5.0
 _GONE_RETRY_AFTER_S: Final = 30.0
+
+_COME_AGAIN: Final = frozenset({QueueFullError.__name__, MemoryFullError.__name__})
+"""Refusals by the engine that time heals."""
 
 _ENGINE_DIED: Final = "the engine stopped while it worked on the request"
 _SHUTTING_DOWN: Final = "the server is shutting down"
@@ -301,7 +304,7 @@ class EngineClient:
 
     def _to_error(self, delta: Delta) -> EngineError:
         detail = delta.error or ""
-        if delta.refusal == QueueFullError.__name__:
+        if delta.refusal in _COME_AGAIN:
             return QueueFull(self._max_waiting, self._finish_rate.retry_after_s(self._clock()))
         if delta.refusal is not None:
             return RequestRefused(detail)

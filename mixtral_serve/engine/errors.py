@@ -54,10 +54,10 @@ class TokenOutOfRange(RequestRefused):
 
 
 class QueueFull(RequestRefused):
-    """Too many requests are waiting."""
+    """Too many requests are waiting, or those that live leave no memory for another one's structures."""
 
     def __init__(self, limit: int, retry_after_s: float) -> None:
-        super().__init__(f"{limit} requests are already in the queue")
+        super().__init__(f"the queue is full (it takes {limit} requests, fewer if they are large)")
         self.retry_after_s = retry_after_s
 
 

@@ -36,6 +36,7 @@ from mixtral_serve.engine.errors import EngineStartError
 from mixtral_serve.engine.process import EngineParts, run_engine
 from mixtral_serve.text.detokenizer import TokenBytes
 from mixtral_serve.text.tokenizer import load_tokenizer
+from scheduler.accountant import MemoryAccountant
 from scheduler.config import SchedulerConfig
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import ScheduledSlice, SliceResult, StepResult, TokenLogprob
@@ -72,6 +73,8 @@ class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_waiting: int = 4096
+    requests_budget_bytes: int | None = None
+    """What the accountant allows for the structures of live requests; None: no limit."""
     policy: str = "fcfs"
     cache: bool = True
     tokenizer: str | None = None
@@ -279,7 +282,9 @@ def fake_parts(script: FakeScript) -> EngineParts:
         max_waiting=script.max_waiting,
         enable_prefix_caching=script.cache,
     )
-    scheduler = Scheduler(config, POLICIES[script.policy]())
+    budget_bytes = script.requests_budget_bytes
+    accountant = None if budget_bytes is None else MemoryAccountant(budget_bytes)
+    scheduler = Scheduler(config, POLICIES[script.policy](), accountant=accountant)
     if script.tokenizer is None:
         return EngineParts(FakeRunner(script), scheduler, byte_vocabulary())
     tokenizer = load_tokenizer(Path(script.tokenizer))

@@ -1,4 +1,4 @@
-"""A whole server around a fake model, as a process: ``fake_server.py DIRECTORY SCRIPT DRAIN_S`` prints its port, then "ready"."""
+"""A server process around a fake model: ``fake_server.py DIRECTORY SCRIPT DRAIN_S`` prints its port, then "ready"."""
 
 from __future__ import annotations
 

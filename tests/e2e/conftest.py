@@ -154,8 +154,11 @@ class ServerProcess:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One server for all tests that leave it as they found it. Sixteen seats, so that 32 clients also queue."""
-    with ServerProcess(tmp_path_factory.mktemp("server"), ["--max-num-seqs", "16"]) as running:
+    """One server for all tests that leave it as they found it. Sixteen seats, so that 32 clients also queue; small
+    steps, so that prompts are computed in chunks and a long one takes its time."""
+    with ServerProcess(
+        tmp_path_factory.mktemp("server"), ["--max-num-seqs", "16", "--max-num-batched-tokens", "64"]
+    ) as running:
         yield running
 
 

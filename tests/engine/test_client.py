@@ -142,6 +142,21 @@ def test_what_only_the_engine_refuses_arrives_as_a_refusal(run, new_client, subm
     run(story())
 
 
+def test_a_request_whose_structures_find_no_memory_is_told_to_come_again_later(run, new_client, submit_of):
+    async def story() -> None:
+        script = FakeScript(requests_budget_bytes=30_000, output="ok")
+        async with new_client(script, max_waiting=10) as client:
+            await client.wait_ready()
+            (large,) = client.submit([submit_of("large", max_tokens=500)])
+            with pytest.raises(QueueFull) as caught:
+                await text_of(large)
+            assert caught.value.retry_after_s > 0
+            (canary,) = client.submit([submit_of("canary", max_tokens=5)])
+            assert await text_of(canary) == "ok"
+
+    run(story())
+
+
 def test_row36_a_failed_step_fails_its_streams_and_the_next_request_works(run, new_client, submit_of):
     async def story() -> None:
         async with new_client(FakeScript(output="ok", poison={POISON: Fault.RAISE})) as client:

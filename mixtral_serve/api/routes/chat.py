@@ -17,7 +17,7 @@ from mixtral_serve.api.schemas.chat import ChatRequest, screened_chat
 def chat_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
     """The chat endpoint."""
     router = APIRouter()
-    intake = Intake(deps, ChatRequest, screened_chat)
+    intake = Intake(deps, ChatRequest, screen=screened_chat)
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
@@ -25,7 +25,12 @@ def chat_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
         asked = order.request
         prompts = (await encoder.chat(asked.conversation(), order.info),)
         submits = submits_for(
-            asked, prompts, order.info, order.origin, default_max_tokens=None, strip_leading_space=True
+            asked,
+            prompts,
+            info=order.info,
+            origin=order.origin,
+            default_max_tokens=None,
+            strip_leading_space=True,
         )
         generation = Generation(
             submits=submits,
@@ -35,6 +40,6 @@ def chat_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
             include_usage=order.include_usage,
             headers=order.headers,
         )
-        return await generate(generation, deps.engine, request.receive)
+        return await generate(generation, deps.engine, receive=request.receive)
 
     return router

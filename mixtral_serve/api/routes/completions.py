@@ -18,7 +18,7 @@ from mixtral_serve.engine.admission import COMPLETION_DEFAULT_MAX_TOKENS
 def completion_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
     """The completions endpoint."""
     router = APIRouter()
-    intake = Intake(deps, CompletionRequest, screened_completion)
+    intake = Intake(deps, CompletionRequest, screen=screened_completion)
 
     @router.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
@@ -30,8 +30,8 @@ def completion_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
         submits = submits_for(
             asked,
             prompts,
-            order.info,
-            order.origin,
+            info=order.info,
+            origin=order.origin,
             default_max_tokens=COMPLETION_DEFAULT_MAX_TOKENS,
             strip_leading_space=False,
         )
@@ -43,6 +43,6 @@ def completion_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
             include_usage=order.include_usage,
             headers=order.headers,
         )
-        return await generate(generation, deps.engine, request.receive)
+        return await generate(generation, deps.engine, receive=request.receive)
 
     return router
