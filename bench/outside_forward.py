@@ -86,7 +86,7 @@ class _NoForward:
 
     def __init__(self, num_rows: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._hidden = torch.zeros(1, max(num_rows, 512), _SHAPE.hidden_size)
+        self._hidden = torch.zeros(1, num_rows * _PROMPT_TOKENS, _SHAPE.hidden_size)
         self._scores = torch.randn(num_rows, _SHAPE.vocab_size, generator=generator)
 
     def model(self, *, input_ids: torch.Tensor, **_others: object) -> SimpleNamespace:
@@ -144,7 +144,7 @@ def _engine(num_running: int, num_tokens: int) -> tuple[EngineCore, TokenBytes]:
         num_blocks=num_blocks,
         block_size=_BLOCK_SIZE,
         max_num_seqs=num_running,
-        max_num_batched_tokens=max(512, num_running),
+        max_num_batched_tokens=num_running * _PROMPT_TOKENS,  # all prompts in the first step
         max_model_len=_SHAPE.max_model_len,
     )
     table = TokenBytes(

@@ -184,9 +184,9 @@ class MemoryAccountant:
             raise AccountingError(f"reservation {reservation_id} is not held")
         name, num_bytes = self._reservations.pop(reservation_id)
         self._reserved_bytes -= num_bytes
-        self._by_name[name] -= num_bytes
-        if not self._by_name[name]:
-            del self._by_name[name]
+        rest = self._by_name.pop(name, 0) - num_bytes
+        if rest:
+            self._by_name[name] = rest
 
     def stats(self) -> MemoryStats:
         """A snapshot."""

@@ -194,6 +194,8 @@ def _check_set_aside(scheduler: Scheduler) -> None:
     for request_id, block_hash in in_flight.awaited().items():
         leader = in_flight.leader_of(block_hash)
         _require("I20", leader in scheduler._running, f"{request_id!r} waits for a block that nobody computes")
+        publishing = any(state.publishing for state in scheduler._running.values() if state.id == leader)
+        _require("I20", publishing, f"{request_id!r} waits for a block that nobody will publish")
         _require("I17", request_id in scheduler._states, f"{request_id!r} is over but set aside")
 
 

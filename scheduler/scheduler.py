@@ -142,7 +142,7 @@ class Scheduler:
         self._observed(self._open_plan.events)
         return self._open_plan
 
-    def commit(self, result: StepResult, now: float) -> tuple[Event, ...]:  # noqa: ARG002
+    def commit(self, result: StepResult, now: float) -> tuple[Event, ...]:  # noqa: ARG002 - as for add
         """Take in what came of the open plan. Requests that ended since ``step`` are passed over.
 
         Raises:

@@ -28,6 +28,8 @@ MOST_REQUESTS_BYTES: Final = 1_000_000_000
 SCORING_BYTES: Final = 4 * (32 << 20)
 """Logits of scored prompts are computed in pieces of 32 MB; a piece is held up to four times (softmax, sorting)."""
 
+LEAST_WORKSPACE_BYTES: Final = 4 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class ServingPlan:
@@ -59,7 +61,7 @@ def plan_serving(settings: Settings) -> ServingPlan:
     layout = KVLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, element_bytes, settings.block_size)
     demands = {
         f"weights ({settings.weights})": shape.weights_bytes(settings.weights),
-        "activations (estimate)": activation_bytes(shape, settings, max_model_len),
+        "activations (estimate)": activation_bytes(shape, settings, layout),
         "live requests": requests_budget_bytes,
         "engine process": ENGINE_PROCESS_BYTES,
         "API process": API_PROCESS_BYTES,
@@ -80,19 +82,18 @@ def plan_serving(settings: Settings) -> ServingPlan:
     )
 
 
-def activation_bytes(shape: ModelShape, settings: Settings, max_model_len: int) -> int:
-    """Estimate of one step's largest set of activations, in bytes, all counted as fp32.
+def activation_bytes(shape: ModelShape, settings: Settings, layout: KVLayout) -> int:
+    """Estimate of one step's largest set of activations, in bytes.
 
-    A row's hidden states, projections and inner expert activations; gathered keys and values of one layer for
-    all that run; the logits of all that sample.
+    A row's hidden states, projections and inner expert activations, and the logits of all that sample, all
+    counted as fp32; the workspace into which one layer's keys and values of one long request are gathered.
     """
-    rows = settings.max_num_batched_tokens
     inner = 4 * shape.num_experts_per_token * shape.intermediate_size
     attention = 4 * shape.num_query_heads * shape.head_dim
-    gathered = settings.max_num_seqs * max_model_len * 2 * shape.num_kv_heads * shape.head_dim
+    rows = settings.max_num_batched_tokens * (12 * shape.hidden_size + inner + attention)
     logits = 4 * settings.max_num_seqs * shape.vocab_size
-    elements = rows * (12 * shape.hidden_size + inner + attention) + min(gathered, 1 << 28) + logits
-    return 4 * elements + SCORING_BYTES
+    gathered_bytes = (shape.max_model_len + layout.block_size) * layout.bytes_per_token // layout.num_layers
+    return 4 * (rows + logits) + max(gathered_bytes, LEAST_WORKSPACE_BYTES) + SCORING_BYTES
 
 
 def scheduler_config(settings: Settings, plan: ServingPlan) -> SchedulerConfig:

@@ -30,7 +30,7 @@ from scheduler.plan import TokenLogprob
 
 NON_FINITE: Final = "the model produced logits that are not finite"
 
-_NUM_CANDIDATES: Final = 1024
+_NUM_CANDIDATES: Final = 128
 """Most likely tokens that are looked at first; rows whose nucleus is wider are sorted in full."""
 _MASK_64: Final = (1 << 64) - 1
 

@@ -47,10 +47,10 @@ class OrderedPolicy(ABC):
             heappop(self._heap)
         return self._heap[0][2] if self._heap else None
 
-    def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002
+    def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002 - likewise
         return max(running, key=self.key)
 
-    def grant(self, request: RequestView, budget: int) -> int:  # noqa: ARG002
+    def grant(self, request: RequestView, budget: int) -> int:  # noqa: ARG002 - all get what they can
         return budget
 
     def observe(self, events: Sequence[Event]) -> None:  # noqa: B027 - doing nothing is the answer, not an omission

@@ -29,10 +29,10 @@ class StarvingPolicy:
     def peek(self, now: float) -> RequestView | None:  # noqa: ARG002 - time makes it no kinder
         return max(self._waiting.values(), key=lambda request: request.serial, default=None)
 
-    def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002
+    def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002 - nor when it is
         return running[0]
 
-    def grant(self, request: RequestView, budget: int) -> int:  # noqa: ARG002
+    def grant(self, request: RequestView, budget: int) -> int:  # noqa: ARG002 - nor who asks
         return 1
 
     def observe(self, events: Sequence[Event]) -> None:
@@ -46,12 +46,12 @@ class ErraticPolicy(StarvingPolicy):
         super().__init__()
         self._random = Random(0)
 
-    def peek(self, now: float) -> RequestView | None:  # noqa: ARG002
+    def peek(self, now: float) -> RequestView | None:  # noqa: ARG002 - anything goes
         candidates = sorted(self._waiting.values(), key=lambda request: request.serial)
         return self._random.choice([None, *candidates])
 
-    def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002
+    def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002 - anything goes
         return self._random.choice(running)
 
-    def grant(self, request: RequestView, budget: int) -> int:  # noqa: ARG002
+    def grant(self, request: RequestView, budget: int) -> int:  # noqa: ARG002 - anything goes
         return self._random.choice([-(10**9), 0, 1, budget, 10**9])

@@ -14,7 +14,6 @@ from typing import Final
 from scheduler.events import Admitted, BlockEvicted, Event, Finished, Preempted, PrefixHit, Resumed
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import StepPlan
-from scheduler.request import RequestKind
 from scheduler.scheduler import Scheduler
 
 BEHAVIOURS: Final = (

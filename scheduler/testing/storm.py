@@ -121,7 +121,7 @@ def _disturb(world: World, random: Random) -> None:
         case 1:
             world.step({somebody: random.choice(list(Fault))})
         case 2:
-            world.step({request_id: Fault.NOT_FINITE for request_id in world.live[:2]})
+            world.step(dict.fromkeys(world.live[:2], Fault.NOT_FINITE))
         case 3:
             world.step(finish_in_flight=[somebody, somebody])
         case _:

@@ -30,7 +30,6 @@ from scheduler.sim.clock import VirtualClock
 from scheduler.testing.fake_runner import Fault, HonestModel, KVHonestRunner, StepCrash, reference_output
 from scheduler.testing.reach import Reach
 
-
 _REFUSALS: Final = {RequestTooLargeError: "too large", QueueFullError: "queue full"}
 
 
@@ -95,7 +94,7 @@ class World:
         was_live = request_id in self.live
         events = self.scheduler.finish(request_id, reason)
         _require("I24", len(events) == int(was_live), "ending a request must say so exactly once")
-        self._see(events)
+        self.see(events)
         invariants.check(self.scheduler)
         return events
 
@@ -111,7 +110,7 @@ class World:
         oldest = self._oldest_running()
         self.reach.before_step(self.scheduler)
         plan = self.scheduler.step(self.clock())
-        self._see(plan.events)
+        self.see(plan.events)
         invariants.check(self.scheduler)
         invariants.check_plan(self.scheduler, plan)
         self._check_progress(plan, had_work, oldest)
@@ -120,7 +119,7 @@ class World:
         for request_id in finish_in_flight:
             self.finish(request_id)
         events = self.scheduler.commit(result, self.clock())
-        self._see(events)
+        self.see(events)
         invariants.check(self.scheduler)
         self.reach.committed(self.scheduler, events)
         return (*plan.events, *events)
@@ -168,7 +167,8 @@ class World:
         preempted = {event.request_id for event in plan.events if isinstance(event, Preempted)}
         _require("I22", oldest not in preempted, "the oldest running request was preempted")
 
-    def _see(self, events: Sequence[Event]) -> None:
+    def see(self, events: Sequence[Event]) -> None:
+        """Take note of events, and refuse a history that cannot be (I11, I17, I22, I23, I25, I27)."""
         self.trace.extend(events)
         for event in events:
             request_id = getattr(event, "request_id", None)

@@ -14,7 +14,7 @@ from scheduler.testing import World
 NewWorld = Callable[..., World]
 
 
-@pytest.fixture()
+@pytest.fixture
 def new_world() -> NewWorld:
     """Makes worlds: roomy unless told otherwise, first come first served."""
 

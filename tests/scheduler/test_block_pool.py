@@ -11,7 +11,8 @@ from scheduler.request import BlockId
 
 def snapshot(pool: BlockPool) -> tuple[object, ...]:
     """Everything that can be seen of a pool."""
-    return (pool.free_blocks(), pool.num_free, pool.num_used, [pool.ref_count(BlockId(b)) for b in range(pool.num_blocks)])
+    ref_counts = [pool.ref_count(BlockId(block_id)) for block_id in range(pool.num_blocks)]
+    return (pool.free_blocks(), pool.num_free, pool.num_used, ref_counts)
 
 
 def test_i1_a_fresh_pool_has_all_blocks_free_but_the_null_block() -> None:

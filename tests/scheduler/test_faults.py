@@ -20,7 +20,8 @@ R = RequestId("r")
 
 
 def test_row8_i9_a_hash_that_always_collides_costs_hits_and_no_answers() -> None:
-    world = World(SchedulerConfig(num_blocks=40, block_size=1, max_num_seqs=4), FCFSPolicy(), hash_function=four_bit_digest)
+    config = SchedulerConfig(num_blocks=40, block_size=1, max_num_seqs=4)
+    world = World(config, FCFSPolicy(), hash_function=four_bit_digest)
     for index in range(30):
         world.add(make_request(f"r{index}", [1 + index % 2, 2 - index % 2] * (1 + index % 3)))
     world.settle()
@@ -37,7 +38,7 @@ def in_every_state(new_world: NewWorld) -> list[tuple[str, World]]:
         world.add(make_request("r", [1] * 6, max_tokens=3))
         for _ in range({"waiting": 1, "prompt": 1, "answer": 3, "finished": 9}[name]):
             world.step()
-    worlds["set aside"] = world = new_world(max_num_batched_tokens=8)
+    worlds["set aside"] = world = new_world(max_num_batched_tokens=20, max_prefill_chunk=8)
     world.add(make_request("leader", [1] * 30))
     world.add(make_request("r", [1] * 30))
     world.step()
@@ -62,7 +63,7 @@ def test_row33_i24_a_request_can_be_ended_in_every_state_twice_and_unknown(
         world.settle()
 
 
-@pytest.mark.parametrize(("last_token", "fault"), product([False, True], [None, *Fault]))
+@pytest.mark.parametrize(("last_token", "fault"), list(product([False, True], [None, *Fault])))
 def test_row34_i24_an_end_between_run_and_commit_wins_whatever_the_result_says(
     new_world: NewWorld, last_token: bool, fault: Fault | None
 ) -> None:
@@ -85,8 +86,8 @@ def test_row34_an_id_may_be_used_again_before_the_plan_that_names_it_is_committe
 
 def test_row36_a_step_that_raises_ends_its_requests_and_no_others(new_world: NewWorld) -> None:
     world = new_world(max_num_seqs=2)
-    for name in ("a", "b", "waiting"):
-        world.add(make_request(name, [1] * 6))
+    for token_id, name in enumerate(("a", "b", "waiting"), start=1):
+        world.add(make_request(name, [token_id] * 6))
     world.step(crash_after=1)
     reasons = {name: h.finished.reason for name, h in world.histories.items() if h.finished}
     assert set(reasons.values()) == {FinishReason.ERROR}

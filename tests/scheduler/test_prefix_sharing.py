@@ -59,7 +59,7 @@ def test_i12_tenants_share_nothing(new_world: NewWorld) -> None:
 
 
 def test_waiters_go_on_when_their_leader_is_cancelled(new_world: NewWorld) -> None:
-    world = new_world(max_num_batched_tokens=8)
+    world = new_world(max_num_batched_tokens=20, max_prefill_chunk=8)
     world.add(make_request("leader", [1] * 30))
     world.add(make_request("waiter", [1] * 30))
     world.step()
@@ -70,7 +70,7 @@ def test_waiters_go_on_when_their_leader_is_cancelled(new_world: NewWorld) -> No
 
 
 def test_waiters_go_on_when_their_leader_fails_and_find_nothing_of_it(new_world: NewWorld) -> None:
-    world = new_world(max_num_batched_tokens=8)
+    world = new_world(max_num_batched_tokens=20, max_prefill_chunk=8)
     world.add(make_request("leader", [1] * 30))
     world.add(make_request("waiter", [1] * 30))
     world.step()
@@ -105,7 +105,7 @@ def test_waiters_go_on_when_their_leader_is_preempted(new_world: NewWorld) -> No
 
 
 def test_one_step_sets_aside_no_more_requests_than_it_has_seats(new_world: NewWorld) -> None:
-    world = new_world(max_num_seqs=3, max_num_batched_tokens=8)
+    world = new_world(max_num_seqs=3, max_num_batched_tokens=20, max_prefill_chunk=8)
     for index in range(20):
         world.add(make_request(f"r{index}", [1] * 30))
     world.step()
@@ -114,7 +114,7 @@ def test_one_step_sets_aside_no_more_requests_than_it_has_seats(new_world: NewWo
 
 
 def test_who_waits_for_a_prefix_can_leave(new_world: NewWorld) -> None:
-    world = new_world(max_num_batched_tokens=8)
+    world = new_world(max_num_batched_tokens=20, max_prefill_chunk=8)
     for name in ("leader", "one", "two"):
         world.add(make_request(name, [1] * 30))
     world.step()

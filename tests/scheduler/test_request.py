@@ -57,10 +57,12 @@ def test_the_most_it_can_hold_is_prompt_and_output() -> None:
 
 def test_a_state_counts_known_computed_and_pending_tokens() -> None:
     state = RequestState(make_request("r", [1, 2, 3], priority=4, tenant="acme", deadline_s=9.0, arrival_s=2.0), 7)
-    assert (state.num_prompt_tokens, state.num_tokens, state.num_output_tokens, state.num_pending_tokens) == (3, 3, 0, 3)
+    assert (state.num_prompt_tokens, state.num_tokens) == (3, 3)
+    assert (state.num_output_tokens, state.num_pending_tokens) == (0, 3)
     state.tokens.append(5)
     state.num_computed_tokens = 3
-    assert (state.num_prompt_tokens, state.num_tokens, state.num_output_tokens, state.num_pending_tokens) == (3, 4, 1, 1)
+    assert (state.num_prompt_tokens, state.num_tokens) == (3, 4)
+    assert (state.num_output_tokens, state.num_pending_tokens) == (1, 1)
     assert list(state.request.prompt) == [1, 2, 3], "the caller's prompt is not touched"
     assert (state.priority, state.tenant, state.deadline_s, state.arrival_s) == (4, "acme", 9.0, 2.0)
     assert (state.id, state.kind, state.serial) == ("r", RequestKind.GENERATE, 7)

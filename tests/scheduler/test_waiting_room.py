@@ -129,7 +129,7 @@ def test_who_leaves_while_set_aside_is_withdrawn() -> None:
 
 def test_i20_somebody_must_start_when_nothing_runs_whatever_the_policy_prefers() -> None:
     class Reluctant(FCFSPolicy):
-        def peek(self, now: float) -> RequestView | None:
+        def peek(self, now: float) -> RequestView | None:  # noqa: ARG002 - at no time
             return None
 
     room = WaitingRoom(Reluctant(), InFlightPrefixes(), max_overtakes=100)
@@ -143,7 +143,7 @@ def test_a_policy_that_names_a_stranger_is_told_so() -> None:
     stranger = RequestState(make_request("stranger", [1]), 99)
 
     class Confused(FCFSPolicy):
-        def peek(self, now: float) -> RequestView | None:
+        def peek(self, now: float) -> RequestView | None:  # noqa: ARG002 - at no time
             return stranger
 
     room = WaitingRoom(Confused(), InFlightPrefixes(), max_overtakes=100)
