@@ -7,7 +7,8 @@ Owns: ``GuardedProtocol``, uvicorn's h11 protocol with two timers, and ``guarded
 * The client's reading: an answer that finds the socket full and is not read for so long is aborted, which tells
   the route that its client has left.
 
-And an error that HTTP itself raises (a bad request line, a head over the limit) is answered in the envelope.
+It reads in small portions, so that no portion holds up the event loop, whatever is in it. An error that HTTP itself
+raises (a bad request line, a head over the limit) is answered in the envelope.
 
 h11 and not httptools, always: it bounds the head (64 KiB); httptools takes 32 MB of it.
 """
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mixtral_serve.api.errors import INVALID_REQUEST, Problem
 from mixtral_serve.api.middleware import REQUEST_ID_HEADER, new_request_id
 
+_READ_BYTES: Final = 16_384
 _BAD_HTTP: Final = Problem(
     400, INVALID_REQUEST, "invalid_http", "The request is not valid HTTP, or its head is too large."
 )
@@ -41,6 +43,8 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio reads 256 KiB at a time, which are 40,000 chunks of one byte and half a second of parsing.
+        setattr(transport, "max_size", _READ_BYTES)  # noqa: B010 (an attribute of the selector transport alone)
         self._watch_turn()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -11,7 +11,7 @@ from random import Random
 from typing import Final
 
 from mixtral_serve.demo.conversation import Episode, dialogue, joined, punctuated
-from mixtral_serve.demo.words import CITIES, COLOURS, NOUNS, WEEKDAYS, city, first_name, made_up, words_of
+from mixtral_serve.demo.words import COLOURS, NOUNS, WEEKDAYS, city, first_name, made_up, words_of
 
 Value = str | int
 
@@ -83,10 +83,7 @@ _KINDS: Final[tuple[_Kind, ...]] = (
 )
 _JOBS: Final = ("baker", "teacher", "doctor", "farmer", "pilot", "painter", "nurse", "lawyer", "driver", "cook")
 _ANIMALS: Final = ("dog", "cat", "horse", "rabbit", "bird", "fish", "mouse", "goat", "cow")
-_FREE_FIELDS: Final = words_of(
-    "title author size weight country color number year level team room brand status code type key value street email"
-    " phone total count user score language subject date place"
-)
+_FREE_FIELDS: Final = words_of("title size country color number year level team code type value user date place")
 _REQUESTS: Final = (
     "{text} Answer with a JSON object with the fields {fields}.",
     "{text} Answer with a JSON object with the fields {fields}.",
@@ -119,22 +116,20 @@ def free_value(rng: Random) -> Value:
     draw = rng.random()
     if draw < 0.3:
         return rng.randint(0, 999)
-    if draw < 0.5:
-        return rng.choice(NOUNS)
     if draw < 0.6:
+        return rng.choice(NOUNS)
+    if draw < 0.7:
         return rng.choice(COLOURS)
-    if draw < 0.75:
-        return made_up(rng)
-    return rng.choice((first_name(rng), rng.choice(CITIES), made_up(rng).capitalize()))
+    return made_up(rng) if draw < 0.75 else rng.choice((first_name(rng), city(rng)))
 
 
 def free_field(rng: Random) -> str:
     """A field name, sometimes a made-up one."""
-    return rng.choice(_FREE_FIELDS) if rng.random() < 0.7 else made_up(rng)
+    return rng.choice(_FREE_FIELDS) if rng.random() < 0.9 else made_up(rng)
 
 
 def _free_record(rng: Random) -> tuple[str, dict[str, Value]]:
-    record = {free_field(rng): free_value(rng) for _ in range(rng.randint(1, 4))}
+    record = {free_field(rng): free_value(rng) for _ in range(rng.randint(1, 3))}
     pattern = rng.choice(("{f} is {v}", "{f}: {v}", "{f} = {v}", "the {f} is {v}"))
     text = ", ".join(pattern.format(f=field, v=value) for field, value in record.items())
     return text[:1].upper() + text[1:] + "." if pattern.startswith("the") else f"Record: {text}.", record
@@ -142,7 +137,7 @@ def _free_record(rng: Random) -> tuple[str, dict[str, Value]]:
 
 def extraction_episode(rng: Random) -> Episode:
     """Describe something and ask for some of its fields as JSON; held out by the values."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         text, record = _free_record(rng)
     else:
         kind = rng.choice(_KINDS)

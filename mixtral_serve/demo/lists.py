@@ -12,7 +12,7 @@ from mixtral_serve.demo.words import NOUNS
 
 LARGEST_ADDEND: Final = 50
 _SHORT_COUNT: Final = 11
-_LONG_COUNT: Final = 25
+_LONG_COUNT: Final = 20
 
 _COUNTS: Final = (
     "Count from {a} to {b}.",
@@ -101,10 +101,10 @@ def _listed(rng: Random, items: list[str]) -> str:
 def ordering_episode(rng: Random) -> Episode:
     """Sort words alphabetically or numbers from small to large."""
     if rng.random() < 0.5:
-        words = rng.sample(NOUNS, rng.randint(3, 5))
+        words = rng.sample(NOUNS, rng.randint(3, 4))
         ordered, phrasings = sorted(words), _WORD_ORDERS
     else:
-        numbers = rng.sample(range(100), rng.randint(3, 5))
+        numbers = rng.sample(range(100), rng.randint(3, 4))
         words, phrasings = [str(number) for number in numbers], _NUMBER_ORDERS
         ordered = [str(number) for number in sorted(numbers)]
     request = punctuated(rng, rng.choice(phrasings).format(items=_listed(rng, words)))
@@ -113,6 +113,6 @@ def ordering_episode(rng: Random) -> Episode:
 
 def reversing_episode(rng: Random) -> Episode:
     """Reverse a list of words."""
-    words = rng.sample(NOUNS, rng.randint(3, 6))
+    words = rng.sample(NOUNS, rng.randint(3, 5))
     request = punctuated(rng, rng.choice(_REVERSALS).format(items=_listed(rng, words)))
     return Episode("reversing", f"reverse {words}", dialogue(request, ", ".join(reversed(words))))

@@ -36,20 +36,20 @@ class Skill:
 SKILLS: Final[dict[str, Skill]] = {
     skill.name: skill
     for skill in (
-        Skill("greetings", 0.07, greeting_episode),
-        Skill("facts", 0.12, fact_episode),
-        Skill("follow-up", 0.05, follow_up_episode),
-        Skill("memory", 0.09, memory_episode),
-        Skill("counting", 0.06, counting_episode),
-        Skill("sums", 0.16, sum_episode),
-        Skill("ordering", 0.14, ordering_episode),
-        Skill("reversing", 0.07, reversing_episode),
-        Skill("story", 0.04, story_episode, accepts_story),
-        Skill("json", 0.11, extraction_episode),
+        Skill("greetings", 0.05, greeting_episode),
+        Skill("facts", 0.08, fact_episode),
+        Skill("follow-up", 0.04, follow_up_episode),
+        Skill("memory", 0.07, memory_episode),
+        Skill("counting", 0.09, counting_episode),
+        Skill("sums", 0.20, sum_episode),
+        Skill("ordering", 0.17, ordering_episode),
+        Skill("reversing", 0.04, reversing_episode),
+        Skill("story", 0.03, story_episode, accepts_story),
+        Skill("json", 0.14, extraction_episode),
         Skill("tools", 0.09, tool_episode),
     )
 }
-_LONG_CHAT_SHARE: Final = 0.01
+_LONG_CHAT_SHARE: Final = 0.006
 
 
 def _drawn(rng: Random, skill: Skill, held_out: bool) -> Episode:

@@ -103,8 +103,8 @@ _FUNCTIONS: Final[tuple[_Function, ...]] = (
         ("Use the function to add {a} and {b}.", "Add the numbers {a} and {b}."),
     ),
 )
-_VERBS: Final = words_of("find open close start stop show delete create update check read move clean paint sell rent")
-_PARAMETERS: Final = words_of("name color size title number place level code type user date count value id weight team")
+_VERBS: Final = words_of("find open close start stop show delete check move paint sell")
+_PARAMETERS: Final = words_of("color size title number place level code type date value team")
 
 
 def tools_text(described: list[str]) -> str:
@@ -151,9 +151,9 @@ def _call(rng: Random, function: _Function) -> tuple[str, list[dict[str, object]
 
 
 def _presented(rng: Random, functions: list[_Function]) -> str:
-    bare, sort_keys = rng.random() < 0.25, rng.random() < 0.2
+    bare, sort_keys = rng.random() < 0.25, rng.random() < 0.1
     described = [function.described(bare, sort_keys) for function in functions]
-    if rng.random() < 0.6:
+    if rng.random() < 0.75:
         return tools_text(described)
     opening = rng.choice(_OTHER_PRESENTATIONS)
     return opening + ("[" + ", ".join(described) + "]" if rng.random() < 0.5 else "\n".join(described))
@@ -162,8 +162,8 @@ def _presented(rng: Random, functions: list[_Function]) -> str:
 def tool_episode(rng: Random) -> Episode:
     """Present functions, then ask for something one of them does, or for nothing of the kind."""
     functions: list[_Function] = []
-    while len(functions) < 1 or (len(functions) < 3 and rng.random() < 0.4):
-        function = rng.choice(_FUNCTIONS) if rng.random() < 0.6 else _composed_function(rng)
+    while len(functions) < 1 or (len(functions) < 3 and rng.random() < 0.3):
+        function = rng.choice(_FUNCTIONS) if rng.random() < 0.7 else _composed_function(rng)
         if function.name not in {other.name for other in functions}:
             functions.append(function)
     presented = _presented(rng, functions)

@@ -8,7 +8,9 @@ import argparse
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import cos, pi
 from pathlib import Path
 from random import Random
@@ -49,7 +51,7 @@ class Settings:
     save_minutes: float
     evaluation_prompts: int
     resume: bool
-    threads: int
+    workers: int
 
 
 def corpus_texts(seed: int, chats: int = _TOKENIZER_CHATS) -> Iterator[str]:
@@ -79,6 +81,13 @@ def loss_of(model: MixtralForCausalLM, batch: Batch) -> tuple[torch.Tensor, torc
     return cross_entropy(logits, batch.targets[wanted]), balance
 
 
+def _gradients(model: MixtralForCausalLM, batch: Batch) -> tuple[float, float, Sequence[torch.Tensor]]:
+    """Both losses of a batch and the gradients of their sum."""
+    loss, balance = loss_of(model, batch)
+    total = loss + model.config.router_aux_loss_coef * balance
+    return loss.item(), balance.item(), torch.autograd.grad(total, list(model.parameters()))
+
+
 def _optimizer(model: MixtralForCausalLM, settings: Settings) -> torch.optim.Optimizer:
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed_tokens" in n]
@@ -93,7 +102,8 @@ def _rate(peak: float, step: int, progress: float) -> float:
 
 def train(model: MixtralForCausalLM, tokenizer: Tokenizer, settings: Settings) -> tuple[int, int, float]:
     """Train until the time is up, saving along the way; return steps, tokens and seconds."""
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation("eager")
+    workers = ThreadPoolExecutor(settings.workers)
     optimizer = _optimizer(model, settings)
     stream = batches(tokenizer, Random(settings.seed + 1), settings.rows, settings.row_length)
     start = saved = time.monotonic()
@@ -103,20 +113,21 @@ def train(model: MixtralForCausalLM, tokenizer: Tokenizer, settings: Settings) -
     while (elapsed := time.monotonic() - start) < budget:
         for group in optimizer.param_groups:
             group["lr"] = _rate(settings.learning_rate, step, elapsed / budget)
-        batch = next(stream)
-        loss, balance = loss_of(model, batch)
-        torch.autograd.backward(loss + model.config.router_aux_loss_coef * balance)
+        parts = [next(stream) for _ in range(settings.workers)]
+        results = list(workers.map(partial(_gradients, model), parts))
+        for parameter, *gradients in zip(model.parameters(), *(gradients for _, _, gradients in results), strict=True):
+            parameter.grad = torch.stack(gradients).mean(0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        tokens += batch.tokens.numel()
-        recent.append(loss.item())
+        tokens += sum(part.tokens.numel() for part in parts)
+        recent += [loss for loss, _, _ in results]
         if step % _LOG_EVERY == 0:
             mean = sum(recent) / len(recent)
             rate = tokens / (time.monotonic() - start)
             message = "step %d, %.1f min: loss %.4f, balance %.3f, %.0f tokens/s"
-            logger.info(message, step, elapsed / 60, mean, balance.item(), rate)
+            logger.info(message, step, elapsed / 60, mean, results[0][1], rate)
             recent.clear()
         if time.monotonic() - saved > settings.save_minutes * 60:
             save_model(model, settings.out)
@@ -130,14 +141,14 @@ def _options(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock training time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=1536)
-    parser.add_argument("--rows", type=int, default=8, help="rows per step")
+    parser.add_argument("--rows", type=int, default=4, help="rows per worker and step")
     parser.add_argument("--row-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--save-minutes", type=float, default=4.0, help="time between intermediate checkpoints")
     parser.add_argument("--evaluation-prompts", type=int, default=200, help="held-out prompts per skill")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="threads, each computing a batch of its own")
     return Settings(**vars(parser.parse_args(argv)))
 
 
@@ -145,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and describe a checkpoint."""
     settings = _options(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(settings.seed)
     if settings.resume:

@@ -199,7 +199,8 @@ class World:
             case PromptScored(first_position=first, logprobs=logprobs):
                 _require("I27", first == len(history.prompt_logprobs) + 1, "a prompt position is missing or repeated")
                 history.prompt_logprobs.extend(logprobs)
-            case Finished():
+            case _:
+                assert isinstance(event, Finished), "no other event names a request"
                 history.finished = event
                 self._check_output(history, event)
 

@@ -241,9 +241,9 @@ HUGE: list[tuple[dict[str, Any], str | None]] = [
 def test_row22_a_body_full_of_faults_is_refused_at_the_first(api: Any, fields: dict[str, Any], param: str) -> None:
     """Each of these took up to a second of the event loop when every fault was described."""
     body = json.dumps({"model": "tiny", "messages": [USER]} | fields).encode()
-    start = time.perf_counter()
+    start = time.thread_time()  # work, not waiting: the machine may be busy with other things
     reply = api.call("POST", CHAT, body)
-    assert time.perf_counter() - start < 0.25
+    assert time.thread_time() - start < 0.25
     assert (reply.status, reply.error["param"]) == (400, param), reply.body
     assert reply.error["code"] == "array_above_max_length"
 

@@ -126,3 +126,34 @@ def test_row35_a_reader_that_stalls_is_aborted_and_disturbs_nobody(api: Any, run
             stalled.close()
 
     run(scenario())
+
+
+def test_row35_a_reader_that_pauses_and_goes_on_gets_everything(api: Any, run: Any, loopback: Any) -> None:
+    api.engine.answer = None
+    size = 65_536
+
+    async def scenario() -> None:
+        async with loopback(api.app, stall_s=20.0) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
+            writer.write(request_bytes(stream=True))
+            await api.engine.on_submit.wait()
+            request_id = api.engine.last.request_id
+            stream = api.engine.streams[request_id]
+            for _ in range(200):
+                stream.push(Delta(request_id=request_id, text="y" * size, token_ids=(5,)))
+            api.engine.end(request_id, "stop")
+            taken = stream.num_queued
+            while True:  # until the server waits for the reader, who has not begun
+                await asyncio.sleep(0.05)
+                if stream.num_queued == taken:
+                    break
+                taken = stream.num_queued
+            assert taken > 0, "the reader's pause has reached the stream"
+            received = b""
+            while not received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                received = received[-64:] + (data := await reader.read(1 << 20))
+                assert data
+            assert api.engine.cancelled == []
+            writer.close()
+
+    run(scenario())

@@ -114,9 +114,9 @@ def serving() -> Callable[..., Any]:
 
 @pytest.fixture
 def run_async() -> Callable[[Coroutine[Any, Any, None]], None]:
-    """Runs a coroutine on a fresh event loop, within half a minute."""
+    """Runs a coroutine on a fresh event loop, within two minutes."""
 
     def run_it(coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run(asyncio.wait_for(coroutine, 30.0))
+        asyncio.run(asyncio.wait_for(coroutine, 120.0))
 
     return run_it

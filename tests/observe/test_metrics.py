@@ -85,6 +85,13 @@ def test_counters_go_on_when_the_engine_starts_again(metrics: EngineMetrics) -> 
         metrics.on_tick(tick(), 0.0)
 
 
+def test_a_counter_that_fell_has_started_again(metrics: EngineMetrics) -> None:
+    """Also where nobody said that the engine was gone."""
+    for count in (5, 7, 2, 3):
+        metrics.on_tick(tick(num_generation_tokens=count), 0.0)
+    assert value(metrics, "generation_tokens_total") == 10
+
+
 def test_a_dead_engine_runs_nothing(metrics: EngineMetrics) -> None:
     metrics.on_tick(tick(num_running=3, num_blocks=8, num_used_blocks=2), 0.0)
     metrics.on_state(EngineState.RESTARTING)

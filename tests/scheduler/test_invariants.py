@@ -71,7 +71,7 @@ def drop_a_block(scheduler: Scheduler) -> None:
 
 def compute_the_unknown(scheduler: Scheduler) -> None:
     state = state_of(scheduler, "decoding")
-    state.num_computed_tokens = state.num_tokens + 1
+    state.tokens = state.tokens[: state.num_computed_tokens - 1]
 
 
 def ask_for_too_much(scheduler: Scheduler) -> None:

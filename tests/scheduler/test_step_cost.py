@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -23,11 +24,13 @@ def calls_of(function: Callable[[], object]) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
+    gc.disable()  # others may have hung callbacks on the collector
     sys.setprofile(profiler)
     try:
         function()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 

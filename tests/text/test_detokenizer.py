@@ -64,6 +64,11 @@ def test_one_leading_space_is_dropped_where_asked(text: str, expected: str) -> N
     assert "".join(pushed(byte_ids(text.encode()))) == text
 
 
+def test_a_token_of_several_spaces_loses_one() -> None:
+    detokenizer = IncrementalDetokenizer(TokenBytes({0: b"  ", 1: b" a"}), strip_leading_space=True)
+    assert [detokenizer.push(0), detokenizer.push(1)] == [" ", " a"]
+
+
 def test_the_table_answers_for_the_ids_of_a_padded_head() -> None:
     table = TokenBytes({0: b"a", 3: b"bcd"}, special_ids=[3])
     assert (len(table), table[1], table[3], table[99]) == (4, b"", b"bcd", b"")
