@@ -1,7 +1,7 @@
 """The seam between the engine and a model: ``Runner.run(batch) -> StepResult``, and the values it takes.
 
-Owns: ``SamplingParams``, ``TokenMask``, ``RunBatch``, ``ModelInfo`` and the ``Runner`` protocol. Everything is frozen; nothing here
-imports a tensor library, so the engine and its tests run without one.
+Owns: ``SamplingParams``, ``TokenMask``, ``RunBatch``, ``ModelInfo`` and the ``Runner`` protocol. Everything is
+frozen; nothing here imports a tensor library, so the engine and its tests run without one.
 
 A runner is stateless between steps as far as requests are concerned: what it needs to know of a request
 stands in the slice (tokens, block table, partial embedding) and in its sampling parameters. Only the paged
