@@ -38,7 +38,7 @@ def _distributions(axes: Axes, right: Sequence[Outcome]) -> None:
     ]
     for label, colour, sample in samples:
         if sample:
-            axes.ecdf([max(value, 1e-5) * 1e3 for value in sample], label=label, color=colour, linewidth=1.8)
+            axes.ecdf([max(value, 1e-4) * 1e3 for value in sample], label=label, color=colour, linewidth=1.8)
     for share in (0.5, 0.95, 0.99):
         axes.axhline(share, color="0.8", linewidth=0.8, zorder=0)
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="milliseconds", ylabel="share of the sample at most")

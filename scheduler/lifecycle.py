@@ -49,6 +49,16 @@ TRANSITIONS: Final[dict[RequestStatus, frozenset[RequestStatus]]] = {
 }
 
 
+def transition_table() -> str:
+    """``TRANSITIONS`` as the Markdown table that stands in ``docs/laws.md``."""
+    order = list(RequestStatus)
+    rows = [
+        (status.value, ", ".join(target.value for target in sorted(TRANSITIONS[status], key=order.index)) or "nothing")
+        for status in order
+    ]
+    return "\n".join(["| from | may become |", "|---|---|", *(f"| {source} | {targets} |" for source, targets in rows)])
+
+
 class HasStatus(Protocol):
     """What ``move`` needs of its argument."""
 

@@ -6,11 +6,11 @@ Three kinds of people wait here:
     queued       the policy orders them
     set aside    an equal prefix is being computed (see ``in_flight``); the policy does not see them meanwhile
 
-Owns the ageing bound, which no policy can break: whoever is at the head of the arrival order when
-``max_overtakes`` later arrivals have left before it goes before the policy's choice, and is not set aside any
-more. Those who gave up count like those who started: then "how many left" minus "how many came before me" is
-the whole computation, the head always ages first, and nobody is overtaken more than ``max_overtakes`` times.
-It is counted in requests, not in seconds, so the bound holds on any machine and for any clock.
+Owns the ageing bound, which no policy can break: once ``max_overtakes`` later arrivals have left the room before
+it, the head of the arrival order goes before the policy's choice and is not set aside any more. To leave is to
+start or to give up; counting both, the bound is one subtraction (how many left, less how many came before), and
+whoever is ahead ages first, so looking at the head is enough. It is counted in requests, not in seconds: it holds
+on any machine and for any clock.
 
 No operation walks over the waiting requests.
 """

@@ -23,6 +23,7 @@ class TrainingRun:
     seconds: float
     seed: int
     evaluation_prompts: int
+    note: str = ""
 
 
 _CARD: Final = """\
@@ -38,7 +39,7 @@ measured with weights that mean something; outside the skills below it knows not
 
 Trained from scratch on generated conversations with `python -m mixtral_serve.demo.train` (seed {seed}):
 {steps:,} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes at {speed:,.0f} tokens per second on two
-CPU cores. Loss is taken on the answers only, plus a small router load-balancing loss.
+CPU cores. Loss is taken on the answers only, plus a small router load-balancing loss.{note}
 
 ## Exact match on held-out prompts
 
@@ -76,6 +77,7 @@ def write_model_card(directory: Path, model: MixtralForCausalLM, run: TrainingRu
         tokens=run.tokens / 1e6,
         minutes=run.seconds / 60,
         speed=run.tokens / run.seconds,
+        note=f" {run.note}" if run.note else "",
         prompts=run.evaluation_prompts,
         table=table(rates),
     )

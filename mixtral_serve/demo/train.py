@@ -52,6 +52,7 @@ class Settings:
     evaluation_prompts: int
     resume: bool
     workers: int
+    card_note: str
 
 
 def corpus_texts(seed: int, chats: int = _TOKENIZER_CHATS) -> Iterator[str]:
@@ -103,7 +104,7 @@ def _rate(peak: float, step: int, progress: float) -> float:
 def train(model: MixtralForCausalLM, tokenizer: Tokenizer, settings: Settings) -> tuple[int, int, float]:
     """Train until the time is up, saving along the way; return steps, tokens and seconds."""
     model.set_experts_implementation("eager")
-    workers = ThreadPoolExecutor(settings.workers)
+    workers = ThreadPoolExecutor(settings.workers, initializer=torch.set_flush_denormal, initargs=(True,))
     optimizer = _optimizer(model, settings)
     stream = batches(tokenizer, Random(settings.seed + 1), settings.rows, settings.row_length)
     start = saved = time.monotonic()
@@ -149,6 +150,7 @@ def _options(argv: Sequence[str] | None) -> Settings:
     parser.add_argument("--evaluation-prompts", type=int, default=200, help="held-out prompts per skill")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--workers", type=int, default=2, help="threads, each computing a batch of its own")
+    parser.add_argument("--card-note", default="", help="a sentence for the model card, on earlier runs for instance")
     return Settings(**vars(parser.parse_args(argv)))
 
 
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_model(model, settings.out)
     shipped = load_model(settings.out)
     rates = exact_match(greedy_answerer(shipped, settings.out), settings.evaluation_prompts)
-    run = TrainingRun(steps, tokens, seconds, settings.seed, settings.evaluation_prompts)
+    run = TrainingRun(steps, tokens, seconds, settings.seed, settings.evaluation_prompts, settings.card_note)
     write_model_card(settings.out, shipped, run, rates)
     for skill, rate in rates.items():
         logger.info("%s: %.1f %%", skill, 100 * rate)

@@ -30,8 +30,8 @@ from scheduler.plan import TokenLogprob
 
 NON_FINITE: Final = "the model produced logits that are not finite"
 
-_NUM_CANDIDATES: Final = 128
-"""Most likely tokens that are looked at first; rows whose nucleus is wider are sorted in full."""
+_NUM_CANDIDATES: Final = 64
+"""Most likely tokens that are looked at first; rows that keep more are sorted in full."""
 _MASK_64: Final = (1 << 64) - 1
 
 
@@ -124,23 +124,19 @@ def _logprobs(logits: torch.Tensor, rows: Sequence[SampleRow], tokens: dict[int,
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Sample rows by inverting the cumulative distribution over token ids, in double precision."""
-    temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64).unsqueeze(1)
-    # The largest logit is taken off first: it is the same distribution, and a tiny temperature cannot overflow.
-    scaled = logits.double()
-    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperatures
-    weights = scaled.exp_()
+    """Sample rows (minus infinity allowed) by inverting the cumulative distribution over ascending token ids."""
+    draws = [uniform(row.params.seed, row.params.choice, row.position) for row in rows]
+    order = torch.tensor(draws, dtype=torch.float64).unsqueeze(1)
+    tokens = torch.zeros(len(rows), dtype=torch.int64)
+    plain = [i for i, row in enumerate(rows) if not _filters(row.params)]
+    if plain:
+        weights = _weights(_take(logits, plain), [rows[i].params for i in plain])
+        tokens[plain] = _invert(weights, order[plain])
     filtered = [i for i, row in enumerate(rows) if _filters(row.params)]
     if filtered:
-        weights[filtered] = _filter(weights[filtered], [rows[i].params for i in filtered])
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:].contiguous()
-    draws = [uniform(row.params.seed, row.params.choice, row.position) for row in rows]
-    target = torch.tensor(draws, dtype=torch.float64).unsqueeze(1) * total
-    # The first id whose cumulative weight exceeds the target, which therefore has a weight of its own. Rounding
-    # may lift the target to the total; the last id with a weight is meant then.
-    found = torch.searchsorted(cumulative, target, right=True)
-    ids: list[int] = torch.minimum(found, torch.searchsorted(cumulative, total)).squeeze(1).tolist()
+        params = [rows[i].params for i in filtered]
+        tokens[filtered] = _draw_filtered(_take(logits, filtered), params, order[filtered])
+    ids: list[int] = tokens.tolist()
     return ids
 
 
@@ -148,36 +144,83 @@ def _filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _filter(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """``weights`` [rows, vocab], the largest of each row 1, with the dropped tokens at zero."""
-    vocab = weights.shape[1]
-    top_k = torch.tensor([min(p.top_k, vocab) or vocab for p in params]).unsqueeze(1)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64).unsqueeze(1)
-    min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64).unsqueeze(1)
-    width = min(vocab, max(_NUM_CANDIDATES, *(p.top_k for p in params)))
-    return _most_likely(weights, top_k, top_p, width).masked_fill_(weights < min_p, 0)
+def _weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Probabilities up to a factor, the largest of each row 1: a tiny temperature cannot overflow."""
+    temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64).unsqueeze(1)
+    exact = logits.double()
+    return (exact - exact.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
 
 
-def _most_likely(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, width: int) -> torch.Tensor:
-    """Top-k and top-p by looking at the ``width`` most likely tokens first; ``top_k`` is the vocabulary where off."""
-    vocab = weights.shape[1]
-    ranked = torch.topk(weights, width, dim=-1).values
-    cumulative = ranked.cumsum(dim=-1)
-    left = torch.where(
-        top_k < vocab, cumulative.gather(1, top_k.clamp(max=width) - 1), weights.sum(dim=-1, keepdim=True)
-    )
-    nucleus = (cumulative < top_p * left).sum(dim=-1, keepdim=True) + 1
-    num_kept = torch.minimum(top_k, torch.where(top_p < 1, nucleus.clamp(max=vocab), vocab))
-    # The n most likely: all above the n-th weight, and of those equal to it the lowest ids.
-    least = ranked.gather(1, num_kept.clamp(max=width) - 1)
-    above, equal = weights > least, weights == least
-    room = num_kept - above.sum(dim=-1, keepdim=True)
-    kept = weights.masked_fill(~(above | (equal & (equal.cumsum(dim=-1) <= room))), 0)
-    beyond = (num_kept > width).squeeze(1)
-    if bool(beyond.any()):
-        unfiltered = (num_kept == vocab).squeeze(1)
-        kept[unfiltered] = weights[unfiltered]
-        wider = beyond & ~unfiltered
-        if bool(wider.any()):
-            kept[wider] = _most_likely(weights[wider], top_k[wider], top_p[wider], vocab)
-    return kept
+def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """[rows]: the first column whose cumulative weight exceeds that share of the row's total."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    found = torch.searchsorted(cumulative, draws * total, right=True)
+    # Rounding may lift the target to the total; the last column with a weight is meant then.
+    return torch.minimum(found, torch.searchsorted(cumulative, total)).squeeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    """The filters of some rows as columns [rows, 1]; ``top_k`` is the vocabulary where it is off."""
+
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], vocab: int) -> _Filters:
+        return cls(
+            torch.tensor([min(p.top_k, vocab) or vocab for p in params]).unsqueeze(1),
+            torch.tensor([p.top_p for p in params], dtype=torch.float64).unsqueeze(1),
+            torch.tensor([p.min_p for p in params], dtype=torch.float64).unsqueeze(1),
+        )
+
+    def num_kept(self, ranked: torch.Tensor, total: torch.Tensor, vocab: int) -> torch.Tensor:
+        """How many of the most likely tokens stay, given the largest weights in descending order and the sum of all.
+
+        A number above the width of ``ranked`` means "more than that".
+        """
+        width = ranked.shape[1]
+        cumulative = ranked.cumsum(dim=-1)
+        left = torch.where(self.top_k < vocab, cumulative.gather(1, self.top_k.clamp(max=width) - 1), total)
+        nucleus = (cumulative < self.top_p * left).sum(dim=-1, keepdim=True) + 1
+        likely = (ranked >= self.min_p).sum(dim=-1, keepdim=True)
+        likely += (likely == width).long()
+        kept = torch.minimum(self.top_k, torch.where(self.top_p < 1, nucleus, vocab))
+        return torch.minimum(kept, likely).clamp(max=vocab)
+
+
+def _draw_filtered(logits: torch.Tensor, params: Sequence[SamplingParams], draws: torch.Tensor) -> torch.Tensor:
+    """[rows]: tokens drawn from what the filters leave, by looking at the most likely few where that settles it."""
+    vocab = logits.shape[1]
+    filters = _Filters.of(params, vocab)
+    width = min(vocab, max(_NUM_CANDIDATES, *(p.top_k + 1 for p in params)))
+    top = torch.topk(logits, width, dim=-1)
+    weights = _weights(top.values, params)
+    total = weights.sum(dim=-1, keepdim=True)
+    if width < vocab and any(p.top_p < 1 and not p.top_k for p in params):
+        total = _weights(logits, params).sum(dim=-1, keepdim=True)
+    num_kept = filters.num_kept(weights, total, vocab)
+    # Settled: the cut lies within the candidates, and not between equals (whose order here is arbitrary).
+    at_cut = top.values.gather(1, num_kept.clamp(max=width - 1))
+    before_cut = top.values.gather(1, num_kept.clamp(max=width) - 1)
+    settled = (num_kept == vocab) if width == vocab else torch.zeros_like(num_kept, dtype=torch.bool)
+    settled |= (num_kept < width) & (at_cut < before_cut)
+    ids, by_id = top.indices.sort(dim=-1)
+    kept = weights.masked_fill_(torch.arange(width) >= num_kept, 0).gather(1, by_id)
+    tokens = ids.gather(1, _invert(kept, draws).unsqueeze(1)).squeeze(1)
+    rest = (~settled).squeeze(1).nonzero().flatten().tolist()
+    if rest:
+        tokens[rest] = _draw_exactly(logits[rest], [params[i] for i in rest], draws[rest])
+    return tokens
+
+
+def _draw_exactly(logits: torch.Tensor, params: Sequence[SamplingParams], draws: torch.Tensor) -> torch.Tensor:
+    """[rows]: as ``_draw_filtered``, with the whole vocabulary in order and equals taken by ascending id."""
+    vocab = logits.shape[1]
+    weights = _weights(logits, params)
+    ranked, ids = weights.sort(dim=-1, descending=True, stable=True)
+    num_kept = _Filters.of(params, vocab).num_kept(ranked, ranked.sum(dim=-1, keepdim=True), vocab)
+    kept = torch.zeros_like(weights).scatter_(1, ids, ranked.masked_fill(torch.arange(vocab) >= num_kept, 0))
+    return _invert(kept, draws)

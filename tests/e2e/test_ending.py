@@ -21,7 +21,7 @@ def begin_stream(server: Any, num_tokens: int) -> Iterator[Any]:
     """A stream of so many tokens whose first chunk has come."""
     client = server.client()
     model = client.models.list().data[0].id
-    stream = iter(
+    stream: Iterator[Any] = iter(
         client.completions.create(
             model=model,
             prompt="Once upon a time",

@@ -279,3 +279,17 @@ def test_a_null_in_the_config_counts_as_absent(checkpoint) -> None:
     edit_json(checkpoint / "config.json", lambda c: c.update(head_dim=None, rope_theta=None))
     with pytest.raises(CheckpointError, match="has shape"):  # hidden_size / heads is 12 here, the weights have 10
         open_checkpoint(checkpoint)
+
+
+def test_a_config_that_cannot_be_read_or_is_absurdly_large_is_refused(checkpoint) -> None:
+    with (checkpoint / "config.json").open("r+b") as file:
+        file.truncate(1 << 27)
+    assert refusal(checkpoint).startswith("config.json: is larger than")
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").mkdir()
+    assert refusal(checkpoint) == "config.json: cannot be read: Is a directory"
+
+
+def test_a_generation_config_without_an_end_leaves_the_configs(checkpoint) -> None:
+    edit_json(checkpoint / "generation_config.json", lambda g: g.update(eos_token_id=None))
+    assert open_checkpoint(checkpoint).shape.eos_token_ids == (2,)

@@ -11,6 +11,7 @@ stops are counted and must be rare.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,6 +173,7 @@ def compare_models(seeds: range, directory: Path, **tools: object) -> Tally:
     tally = Tally()
     for seed in seeds:
         compare_one_model(seed, directory, tally, **tools)
+    logging.getLogger(__name__).info("%d models: %s", len(seeds), tally)
     assert tally.num_stopped < 0.05 * tally.num_sequences, tally
     assert tally.num_preemptions > 0, "nothing was preempted: the pools are too large to prove anything"
     assert tally.num_hit_tokens > 0, "no prefix was found: the prompts share too little"

@@ -49,8 +49,8 @@ BLOCKS = [
     Mutation(
         "a free block may be released again",
         "block_pool.py",
-        '        if self._ref_counts[block_id] == 0:\n            raise AccountingError(f"block {block_id} is free already")\n',
-        "",
+        'raise AccountingError(f"block {block_id} is free already")',
+        "pass",
     ),
     Mutation(
         "blocks are released twice",
@@ -473,7 +473,8 @@ LIFE = [
         "a failed step publishes",
         "scheduler.py",
         "            if reason is not FinishReason.ERROR:\n",
-        "            if reason is FinishReason.ERROR:\n                state.num_computed_tokens += scheduled.num_tokens\n"
+        "            if reason is FinishReason.ERROR:\n"
+        "                state.num_computed_tokens += scheduled.num_tokens\n"
         "            if True:\n",
     ),
     Mutation(

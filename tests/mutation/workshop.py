@@ -23,6 +23,11 @@ from time import perf_counter
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 90.0
 LAW_EXAMPLES = "40"
+PYTEST_INI = """[pytest]
+addopts = --import-mode=importlib
+filterwarnings = error
+markers = slow: takes more than a few seconds
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ def copy_of_the_library() -> Iterator[Path]:
         for name in ("scheduler", "tests/scheduler", "docs"):
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        (folder / "pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,6 +74,7 @@ def judge(name: str, mutate: Callable[[Path], None]) -> Verdict:
             **os.environ,
             "PYTHONPATH": str(folder),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # loading them takes longer than most mutants live
             "LAW_EXAMPLES": LAW_EXAMPLES,
         }
         process = subprocess.Popen(
@@ -97,3 +103,11 @@ def judge_all(mutants: Sequence[tuple[str, Callable[[Path], None]]], *, num_work
     """Verdicts in the order of ``mutants``, ``num_workers`` at a time."""
     with ThreadPoolExecutor(num_workers) as pool:
         yield from pool.map(lambda mutant: judge(*mutant), mutants)
+
+
+def report(verdict: Verdict) -> None:
+    """One line per mutant, and the test that killed it."""
+    word = "killed  " if verdict.killed else "SURVIVED"
+    by = f"  ({verdict.by.removeprefix('FAILED ').removeprefix('tests/scheduler/')})" if verdict.killed else ""
+    sys.stdout.write(f"{word} {verdict.seconds:5.1f} s  {verdict.name}{by}\n")
+    sys.stdout.flush()

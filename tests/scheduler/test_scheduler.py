@@ -203,13 +203,26 @@ def test_who_does_not_fit_ends_the_round_and_is_not_slipped_past(new_world: NewW
 
 
 def test_admission_leaves_blocks_that_running_prompts_still_need(new_world: NewWorld) -> None:
-    driven = Driven(new_world(num_blocks=9, block_size=1, max_num_batched_tokens=2, max_num_seqs=2))
-    driven.scheduler.add(make_request("long", [1] * 6, max_tokens=2), 0.0)
-    driven.step()
+    driven = Driven(
+        new_world(num_blocks=9, block_size=1, max_num_seqs=2, max_num_batched_tokens=6, max_prefill_chunk=2)
+    )
+    driven.scheduler.add(make_request("long", [1] * 6, max_tokens=1), 0.0)
     driven.scheduler.add(make_request("other", [2, 2], max_tokens=1), 0.0)
-    while driven.scheduler.stats().num_running == 1 and driven.scheduler.stats().num_waiting:
-        plan = driven.step()
-        assert "other" not in shares(plan) or shares(plan).get("long", (0, 0))[0] >= 6
+    # Three blocks would do for the other, and six are free: but four of them are the long prompt's.
+    assert [set(shares(driven.step())) for _ in range(4)] == [{"long"}, {"long"}, {"long"}, {"other"}]
+
+
+def test_a_policy_that_grants_everything_to_one_prompt_lets_the_others_wait_a_step(new_world: NewWorld) -> None:
+    class Greedy(FCFSPolicy):
+        def grant(self, request: RequestView, budget: int) -> int:
+            return 1 if request.num_computed_tokens == 0 else budget
+
+    driven = Driven(new_world(Greedy(), max_num_seqs=3, max_num_batched_tokens=6))
+    for token_id, name in enumerate(("a", "b", "c"), start=1):
+        driven.scheduler.add(make_request(name, [token_id] * 9, max_tokens=1), 0.0)
+    assert shares(driven.step()) == {"a": (0, 1), "b": (0, 1), "c": (0, 1)}
+    assert shares(driven.step()) == {"a": (1, 6)}
+    assert shares(driven.step()) == {"a": (7, 2), "b": (1, 4)}
 
 
 def test_i11_a_second_equal_prompt_starts_behind_its_cached_prefix(new_world: NewWorld) -> None:

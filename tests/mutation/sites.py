@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -56,7 +57,7 @@ class Site:
     node_index: int
     operator: str
     text: str
-    """The line of source, for people."""
+    """The line of source, numbered where a line has several such places."""
 
     @property
     def name(self) -> str:
@@ -74,16 +75,19 @@ def sites(folder: Path) -> Iterator[Site]:
         lines = source.splitlines()
         tree = ast.parse(source)
         silent = set(_silent_nodes(tree))
+        seen: Counter[tuple[str, str]] = Counter()
         for index, node in enumerate(ast.walk(tree)):
             if node not in silent:
                 line = getattr(node, "lineno", 1)
                 for operator in _operators(node):
-                    yield Site(str(path), line, index, operator, lines[line - 1].strip())
+                    text = lines[line - 1].strip()
+                    seen[operator, text] += 1
+                    number = f" #{seen[operator, text]}" if seen[operator, text] > 1 else ""
+                    yield Site(str(path), line, index, operator, text + number)
 
 
-def sample_sites(folder: Path, size: int, seed: int) -> list[Site]:
+def sample_sites(everything: Sequence[Site], size: int, seed: int) -> list[Site]:
     """``size`` different sites, the same for the same source and seed."""
-    everything = list(sites(folder))
     return Random(seed).sample(everything, min(size, len(everything)))
 
 
@@ -100,34 +104,29 @@ def apply_site(site: Site, folder: Path) -> None:
 def known_survivors() -> set[str]:
     """Names explained in survivors.md: its list items in backquotes."""
     text = (Path(__file__).parent / "survivors.md").read_text(encoding="utf-8")
-    return {
-        line.split("`` ", 1)[0].removeprefix("- ``").strip() for line in text.splitlines() if line.startswith("- ``")
-    }
+    entries = (line for line in text.splitlines() if line.startswith("- ``"))
+    return {line.removeprefix("- ``").split("``")[0].strip() for line in entries}
 
 
 def _silent_nodes(tree: ast.Module) -> Iterator[ast.AST]:
     """Nodes whose change nobody could observe: types, docstrings, assertions of our own, messages of errors."""
     for node in ast.walk(tree):
         hidden: list[ast.AST | None] = []
-        if isinstance(node, ast.AnnAssign) or isinstance(node, ast.arg):
+        if isinstance(node, ast.AnnAssign | ast.arg):
             hidden = [node.annotation]
         elif isinstance(node, ast.FunctionDef):
             hidden = [node.returns, *node.decorator_list]
+        elif isinstance(node, ast.ClassDef):
+            hidden = [*node.decorator_list]
         elif isinstance(node, ast.Assert):
             hidden = [node]
         elif isinstance(node, ast.Raise):
             hidden = [node.exc]
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             hidden = [node]
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not isinstance(node, ast.If):
-            hidden = [node] if isinstance(node.value, ast.Call) and _is_name(node.value.func, "NewType") else []
         for root in hidden:
             if root is not None:
                 yield from ast.walk(root)
-
-
-def _is_name(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
 
 
 def _operators(node: ast.AST) -> Iterator[str]:

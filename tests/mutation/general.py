@@ -1,0 +1,52 @@
+"""``python tests/mutation/general.py``: blind mutations, and how many of them the tests notice.
+
+Tries a seeded sample (``--sample N``, or ``--all``) of the small changes that ``sites.py`` finds, prints the score
+and the survivors. A survivor must be explained in ``survivors.md`` (a change that cannot be observed, or is as good), else
+the exit status is 1: then either a test is missing or the code says more than it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from sites import apply_site, known_survivors, sample_sites, sites
+from workshop import ROOT, judge, judge_all, report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--sample", type=int, default=100, metavar="N", help="how many mutations to try")
+    parser.add_argument("--all", action="store_true", help="try every one; takes long")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--path", default="", help="only in files whose path contains this")
+    options = parser.parse_args()
+    everything = [site for site in sites(ROOT / "scheduler") if options.path in site.path]
+    chosen = everything if options.all else sample_sites(everything, options.sample, options.seed)
+    unchanged = judge("the unchanged library", lambda _folder: None)
+    if unchanged.killed:
+        sys.stdout.write(f"the unchanged library fails its own tests: {unchanged.by}\n")
+        return 1
+    explained = known_survivors()
+    num_killed, unexplained = 0, []
+    for verdict in judge_all([(site.name, partial(apply_site, site)) for site in chosen], num_workers=options.workers):
+        report(verdict)
+        num_killed += verdict.killed
+        if not verdict.killed and verdict.name not in explained:
+            unexplained.append(verdict.name)
+    share = num_killed / max(1, len(chosen))
+    sys.stdout.write(
+        f"{num_killed} of {len(chosen)} mutations were killed ({share:.1%}); {len(everything)} are possible\n"
+    )
+    for name in unexplained:
+        sys.stdout.write(f"survived, and not explained in survivors.md: {name}\n")
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
