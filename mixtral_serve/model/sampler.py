@@ -179,14 +179,13 @@ class _Filters:
     def num_kept(self, ranked: torch.Tensor, total: torch.Tensor, vocab: int) -> torch.Tensor:
         """How many of the most likely tokens stay, given the largest weights in descending order and the sum of all.
 
-        A number above the width of ``ranked`` means "more than that".
+        The width of ``ranked`` or more means "at least the width".
         """
         width = ranked.shape[1]
         cumulative = ranked.cumsum(dim=-1)
         left = torch.where(self.top_k < vocab, cumulative.gather(1, self.top_k.clamp(max=width) - 1), total)
         nucleus = (cumulative < self.top_p * left).sum(dim=-1, keepdim=True) + 1
         likely = (ranked >= self.min_p).sum(dim=-1, keepdim=True)
-        likely += (likely == width).long()
         kept = torch.minimum(self.top_k, torch.where(self.top_p < 1, nucleus, vocab))
         return torch.minimum(kept, likely).clamp(max=vocab)
 

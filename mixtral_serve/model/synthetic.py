@@ -129,7 +129,7 @@ def _draw(name: str, shape: ModelShape, seed: int) -> torch.Tensor:
     if name == EMBEDDING:
         # A tied head reads the same rows as logits: they must not be larger than a head's.
         return noise * (2 / math.sqrt(shape.hidden_size)) if shape.tied else noise
-    gain = 3.0 if name == HEAD or name.endswith("gate.weight") else 1.5
+    gain = 2.0 if name == HEAD or name.endswith("gate.weight") else 1.0
     return noise * (gain / math.sqrt(dims[1]))
 
 

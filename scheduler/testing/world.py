@@ -41,6 +41,7 @@ class History:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_overtakes_allowed: int = 0
     started: bool = False
@@ -189,7 +190,9 @@ class World:
                 _require("I22", history.num_preemptions <= self.config.max_preemptions, "preempted too often")
             case Resumed():
                 _require("I17", history.num_preemptions > 0, "resumed without having been preempted")
-            case PrefixHit(num_queried_tokens=queried, num_hit_tokens=hit):
+            case PrefixHit(num_queried_tokens=queried, num_hit_tokens=hit, first=first):
+                if first:
+                    history.num_cached_tokens = hit
                 _require("I11", 0 <= hit <= queried - 1, "a hit leaves no token to compute")
                 _require("I11", hit % self.config.block_size == 0, "a hit covers part of a block")
             case TokensCommitted(output_index=index, token_id=token_id, logprob=logprob):
@@ -223,6 +226,7 @@ class World:
         scored = tuple(history.prompt_logprobs)
         _require("I25", scored == reference.prompt_logprobs[: len(scored)], "a prompt log-probability differs")
         _require("I27", finished.num_output_tokens == len(got), "the end miscounts the output")
+        _require("I27", finished.num_cached_tokens == history.num_cached_tokens, "the end miscounts the first hit")
         if finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
             _require("I25", scored == reference.prompt_logprobs, "prompt log-probabilities are missing")
             _require("I25", finished.embedding == reference.embedding, "the embedding differs")

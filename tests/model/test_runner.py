@@ -15,7 +15,7 @@ from transformers import MixtralForCausalLM
 
 from mixtral_serve.contract import RunBatch, Runner, SamplingParams
 from mixtral_serve.model.runner import MixtralRunner
-from mixtral_serve.model.sampler import NON_FINITE
+from mixtral_serve.model.sampler import NON_FINITE, SampleRow, sample
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import ScheduledSlice, SliceResult, StepPlan, StepResult
@@ -205,6 +205,15 @@ def test_prompt_scores_equal_transformers_under_any_chunking(
     assert driven.finished["score"].reason is FinishReason.STOP
 
 
+def test_output_tokens_that_are_computed_again_are_not_scored(make_runner) -> None:
+    """A preempted request computes prompt and output in one slice; only prompt tokens get an entry."""
+    prompt, output = random_tokens(10), [5, 6, 7]
+    fields = {"num_logits": 13, "samples": True, "num_output_tokens": 3}
+    result = run(make_runner(), make_slice("r", prompt + output, (0, 13), [1, 2, 3, 4], **fields))[0]
+    assert [entry.token_id for entry in result.prompt_logprobs] == prompt[1:]
+    assert result.token_id is not None
+
+
 def test_a_long_vocabulary_is_scored_in_pieces(make_runner, make_request, drive, tiny_shape, tmp_path) -> None:
     """Eight million logits are computed at once: here 40 rows of them, so that a prompt of 100 takes three pieces."""
     shape = replace(tiny_shape, vocab_size=200_000, hidden_size=8, num_layers=1, num_query_heads=2, num_kv_heads=1)
@@ -257,6 +266,19 @@ def test_sampled_output_does_not_depend_on_chunks_batch_mates_or_preemption(make
     assert runs[2].num_preemptions > 0
     assert runs[0].tokens == runs[1].tokens == runs[2].tokens
     assert len({tuple(tokens) for tokens in runs[0].tokens.values()}) == 4
+
+
+def test_each_output_position_has_a_random_number_of_its_own(make_runner) -> None:
+    logits: list[torch.Tensor] = []
+    runner = make_runner(logits_listener=lambda _, rows: logits.append(rows.clone()))
+    params = SamplingParams(temperature=2.0, seed=3)
+    prompt = random_tokens(5)
+    drawn = []
+    for position in range(20):
+        part = make_slice("r", prompt, (0, 5), [1, 2], num_output_tokens=position)
+        drawn.append(run(runner, part, params=params)[0].token_id)
+    assert drawn == [sample(logits[0], [SampleRow(params, position)])[0].token_id for position in range(20)]
+    assert len(set(drawn)) > 3
 
 
 class OnlyEven:

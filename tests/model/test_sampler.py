@@ -86,7 +86,8 @@ def test_rows_of_one_batch_do_not_touch_each_other(rows, data) -> None:
     assert together == alone
 
 
-@pytest.mark.parametrize("vocab", [3000, 1025])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [3000, 65])
 @pytest.mark.parametrize(
     "params",
     [
@@ -96,11 +97,14 @@ def test_rows_of_one_batch_do_not_touch_each_other(rows, data) -> None:
         SamplingParams(min_p=0.5),
         SamplingParams(top_p=0.9999999, min_p=0.9),
         SamplingParams(top_p=0.02),
+        SamplingParams(top_p=0.5, temperature=0.3),
     ],
 )
-def test_a_nucleus_wider_than_the_first_look_is_still_exact(params, vocab) -> None:
+def test_a_nucleus_wider_than_the_first_look_is_still_exact(params, vocab, tied) -> None:
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randint(0, 6, (1, vocab), generator=generator) / 4
+    logits = torch.randn(1, vocab, generator=generator)
+    if tied:
+        logits = (logits * 4).round() / 4
     rows = [SampleRow(params, position) for position in range(20)]
     found = [result.token_id for result in sample(logits.expand(20, -1), rows)]
     assert found == [naive_sample(logits[0].tolist(), params, position) for position in range(20)]
@@ -193,6 +197,21 @@ def test_row40_all_rows_may_fail() -> None:
     assert [r.error for r in results] == [NON_FINITE] * 2
 
 
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(top_p=0.5), {0, 1}),  # half of four equals: reached, not exceeded
+        (SamplingParams(top_p=0.75), {0, 1, 2}),
+        (SamplingParams(top_k=3), {0, 1, 2}),
+        (SamplingParams(top_k=2, top_p=0.5), {0}),
+        (SamplingParams(min_p=1.0), {0, 1, 2, 3}),
+        (SamplingParams(top_p=5e-324), {0}),
+    ],
+)
+def test_filters_among_equals_keep_the_lowest_ids_and_no_more_than_needed(params, kept) -> None:
+    assert set(draw_many([1.0, 1.0, 1.0, 1.0], params, 200)) == kept
+
+
 @dataclass
 class Allow:
     ids: Sequence[int]
@@ -212,6 +231,8 @@ def test_a_masked_row_yields_an_allowed_token(ids, params) -> None:
     rows = [SampleRow(params, 0, Allow(sorted(ids))), SampleRow(params, 0)]
     masked, free = sample(logits, rows)
     assert masked.token_id in ids
+    if params.top_k == 1:
+        assert masked.token_id == max(ids, key=lambda i: float(logits[0, i]))
     assert free == sample(logits, [rows[1]] * 2)[1]
 
 

@@ -1,8 +1,8 @@
 """``python tests/mutation/general.py``: blind mutations, and how many of them the tests notice.
 
-Tries a seeded sample (``--sample N``, or ``--all``) of the small changes that ``sites.py`` finds, prints the score
-and the survivors. A survivor must be explained in ``survivors.md`` (a change that cannot be observed, or is as good), else
-the exit status is 1: then either a test is missing or the code says more than it needs.
+Tries a seeded sample (``--sample N``, or ``--all``) of the small changes that ``sites.py`` finds, and prints the score
+and the survivors. A survivor must be explained in ``survivors.md`` (a change that nobody could observe), else the exit
+status is 1: then either a test is missing, or the code says more than it needs.
 """
 
 from __future__ import annotations

@@ -470,14 +470,6 @@ LIFE = [
         "            if state is None:\n                continue\n            reason",
     ),
     Mutation(
-        "a failed step publishes",
-        "scheduler.py",
-        "            if reason is not FinishReason.ERROR:\n",
-        "            if reason is FinishReason.ERROR:\n"
-        "                state.num_computed_tokens += scheduled.num_tokens\n"
-        "            if True:\n",
-    ),
-    Mutation(
         "errors do not poison",
         "scheduler.py",
         "poisoned=reason is FinishReason.ERROR",

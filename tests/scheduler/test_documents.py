@@ -9,7 +9,7 @@ from typing import Any
 from unittest import TestCase
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from scheduler import Policy
@@ -75,6 +75,7 @@ def test_the_example_keeps_every_law_in_hypothesis_plays(example: Callable[[], P
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
         ),
     )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from scheduler import FinishReason, PriorityPolicy, RequestId, Resumed
+from scheduler import FCFSPolicy, FinishReason, PriorityPolicy, RequestId, RequestView, Resumed
 from scheduler.events import Admitted, Event, Preempted, PrefixHit
 from scheduler.request import RequestKind
 from scheduler.testing import ErraticPolicy, StarvingPolicy, World, make_request
@@ -85,6 +85,51 @@ def test_i22_after_its_last_preemption_a_request_is_pledged_all_it_can_need(
     assert worst == max_preemptions
     if max_preemptions == 0:
         assert not of_type(world, Preempted)
+
+
+def test_i22_not_even_a_policy_that_hounds_one_request_can_preempt_it_for_ever(new_world: NewWorld) -> None:
+    class Hounding(FCFSPolicy):
+        def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002 - at any time
+            return max(running, key=lambda request: (request.num_preemptions, request.serial))
+
+    world = new_world(Hounding(), num_blocks=12, block_size=1, max_num_seqs=3, max_preemptions=1)
+    world.add(make_request("old", [1, 1], max_tokens=3))
+    world.add(make_request("middle", [2, 2, 2], max_tokens=6))
+    world.add(make_request("young", [3], max_tokens=4))
+    world.settle()
+    assert of_type(world, Preempted) == ["young"], "once preempted, it comes back with a pledge and is left alone"
+
+
+class Scripted(FCFSPolicy):
+    """Sends away whom the script names, in its order."""
+
+    def __init__(self, *script: str) -> None:
+        super().__init__()
+        self.script = list(script)
+
+    def victim(self, running: Sequence[RequestView], now: float) -> RequestView:  # noqa: ARG002 - at any time
+        name = self.script.pop(0)
+        return next(request for request in running if request.id == name)
+
+
+def test_nobody_comes_back_in_the_step_that_preempted_even_if_there_is_room(new_world: NewWorld) -> None:
+    world = new_world(Scripted("r1", "r3"), num_blocks=10, block_size=1, max_num_seqs=4)
+    for index, num_prompt_tokens in enumerate((1, 1, 1, 5)):
+        world.add(make_request(f"r{index}", [index + 1] * num_prompt_tokens, max_tokens=3))
+    world.step()
+    kinds = [type(event) for event in world.step()]
+    assert kinds.count(Preempted) == 2
+    assert Resumed not in kinds
+    assert world.scheduler.stats().num_pledged_blocks == 0
+    world.settle()
+
+
+def test_a_resume_leaves_the_first_hit_as_it_was(new_world: NewWorld) -> None:
+    world = crowded(new_world)
+    world.settle()
+    finished = world.histories[RequestId("young")].finished
+    assert finished is not None
+    assert finished.num_cached_tokens == 0
 
 
 def test_a_victim_that_had_its_share_gives_it_back_to_the_step(new_world: NewWorld) -> None:
