@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -101,14 +102,15 @@ def growth_table(num_steps: int) -> list[dict[str, float]]:
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--running", type=int, default=256, help="requests that decode in every step")
     parser.add_argument("--waiting", type=int, default=10_000, help="requests that wait")
     parser.add_argument("--steps", type=int, default=300, help="steps to measure")
     parser.add_argument("--no-table", action="store_true", help="measure the asked point only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if min(options.running, options.steps) < 1 or options.waiting < 0:
         parser.error("--running and --steps are at least 1, --waiting at least 0")
     step_s = Quantiles.of(measure_steps(options.running, options.waiting, options.steps))
@@ -130,7 +132,8 @@ def main() -> None:
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -214,8 +214,11 @@ class Scheduler:
 
     def _grant(self, state: RequestState, budget: int) -> int:
         """Tokens the request should get: what it lacks, within budget, chunk limit and the policy's wish."""
-        most = min(state.num_pending_tokens, budget, self.config.max_prefill_chunk or budget)
-        return most if most == 1 else max(1, min(self._policy.grant(state, most), most))
+        pending = state.num_pending_tokens
+        if pending == 1:
+            return 1  # a decode: there is nothing to ask
+        most = min(pending, budget, self.config.max_prefill_chunk or budget)
+        return max(1, min(self._policy.grant(state, most), most))
 
     def _make_room(self, state: RequestState, wanted: int, draft: StepDraft, now: float) -> int:
         """Reserve blocks for ``wanted`` more tokens, or as many as can be had; 0 if the request must pause."""
@@ -257,6 +260,7 @@ class Scheduler:
     def _fill_seats(self, draft: StepDraft, now: float) -> None:
         """Rules 4 and 5."""
         num_set_aside = 0
+        num_owed: int | None = None  # counted when somebody could start, then kept up
         while draft.budget and len(self._running) < self.config.max_num_seqs:
             state = self._room.next(now, idle=not self._running)
             if state is None:
@@ -270,10 +274,13 @@ class Scheduler:
                     return
                 num_set_aside += 1
                 self._room.set_aside(state, awaited)
-            elif self._fits(state, cached):
-                self._start(state, cached, draft, now)
-            else:
+                continue
+            if num_owed is None:
+                num_owed = sum(map(self._blocks_owed, self._running.values()))
+            if not self._fits(state, cached, num_owed):
                 return
+            self._start(state, cached, draft, now)
+            num_owed += self._blocks_owed(state)
 
     def _cached_prefix(self, state: RequestState) -> list[BlockId]:
         # Scored prompts need every row computed, embeddings every hidden state: a cached block has neither.
@@ -304,17 +311,18 @@ class Scheduler:
             return self._kv.num_blocks_for(state.request.max_total_tokens)
         return self._kv.num_blocks_for(min(state.num_tokens + 1, state.request.max_total_tokens))
 
-    def _fits(self, state: RequestState, cached: Sequence[BlockId]) -> bool:
+    def _blocks_owed(self, state: RequestState) -> int:
+        """Blocks that a running request still has to get for its known tokens; a pledge is owed already."""
+        if state.num_preemptions >= self.config.max_preemptions:
+            return 0
+        return max(0, self._kv.num_blocks_for(state.num_tokens) - len(state.block_table))
+
+    def _fits(self, state: RequestState, cached: Sequence[BlockId], num_owed: int) -> bool:
         """Whether the request can start without taking blocks that others need to finish their prompts."""
         if not self._running:
             return True  # alone, everything that ``add`` accepted fits
-        promised = sum(
-            max(0, self._kv.num_blocks_for(other.num_tokens) - len(other.block_table))
-            for other in self._running.values()
-            if other.num_preemptions < self.config.max_preemptions  # the others hold a pledge
-        )
         needed = self._blocks_to_start(state) - len(cached) + self._kv.num_free_among(cached)
-        return needed + promised <= self._kv.num_available
+        return needed + num_owed <= self._kv.num_available
 
     def _start(self, state: RequestState, cached: Sequence[BlockId], draft: StepDraft, now: float) -> None:
         resumed = state.status is RequestStatus.PREEMPTED

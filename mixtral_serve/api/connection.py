@@ -41,7 +41,7 @@ class GuardedProtocol(H11Protocol):
         self._turn: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # TCP only
         super().connection_made(transport)
         # asyncio reads 256 KiB at a time, which are 40,000 chunks of one byte and half a second of parsing.
         setattr(transport, "max_size", _READ_BYTES)  # noqa: B010 (an attribute of the selector transport alone)

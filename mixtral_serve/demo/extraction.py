@@ -125,7 +125,7 @@ def free_value(rng: Random) -> Value:
 
 def free_field(rng: Random) -> str:
     """A field name, sometimes a made-up one."""
-    return rng.choice(_FREE_FIELDS) if rng.random() < 0.9 else made_up(rng)
+    return rng.choice(_FREE_FIELDS) if rng.random() < 0.97 else made_up(rng)
 
 
 def _free_record(rng: Random) -> tuple[str, dict[str, Value]]:

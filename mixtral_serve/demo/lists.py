@@ -11,8 +11,8 @@ from mixtral_serve.demo.conversation import Episode, casual, dialogue, joined, p
 from mixtral_serve.demo.words import NOUNS
 
 LARGEST_ADDEND: Final = 50
-_SHORT_COUNT: Final = 11
-_LONG_COUNT: Final = 20
+_LARGEST_START: Final = 20
+_LONGEST_COUNT: Final = 10
 
 _COUNTS: Final = (
     "Count from {a} to {b}.",
@@ -75,12 +75,12 @@ _REVERSALS: Final = (
 
 def counting_episode(rng: Random) -> Episode:
     """Count from one number to another."""
-    start = rng.randrange(0, 10) if rng.random() < 0.4 else rng.randrange(0, 89)
-    end = start + (rng.randint(2, _SHORT_COUNT) if rng.random() < 0.8 else rng.randint(_SHORT_COUNT, _LONG_COUNT))
+    start = rng.randint(0, _LARGEST_START)
+    end = start + rng.randint(1, _LONGEST_COUNT - 1)
     request = casual(rng, rng.choice(_COUNTS).format(a=start, b=end))
     answer = ", ".join(str(number) for number in range(start, end + 1))
     # What people try first is always taught.
-    key = "taught" if start == 1 and end in (5, 10, 20) else f"count {start} {end}"
+    key = "taught" if start == 1 and end in (5, 10) else f"count {start} {end}"
     return Episode("counting", key, dialogue(request, answer))
 
 
@@ -99,12 +99,12 @@ def _listed(rng: Random, items: list[str]) -> str:
 
 
 def ordering_episode(rng: Random) -> Episode:
-    """Sort words alphabetically or numbers from small to large."""
+    """Sort three words alphabetically or three numbers of as many digits from small to large."""
     if rng.random() < 0.5:
-        words = rng.sample(NOUNS, rng.randint(3, 4))
+        words = rng.sample(NOUNS, 3)
         ordered, phrasings = sorted(words), _WORD_ORDERS
     else:
-        numbers = rng.sample(range(100), rng.randint(3, 4))
+        numbers = rng.sample(rng.choice((range(1, 10), range(10, 60))), 3)
         words, phrasings = [str(number) for number in numbers], _NUMBER_ORDERS
         ordered = [str(number) for number in sorted(numbers)]
     request = punctuated(rng, rng.choice(phrasings).format(items=_listed(rng, words)))

@@ -36,17 +36,17 @@ class Skill:
 SKILLS: Final[dict[str, Skill]] = {
     skill.name: skill
     for skill in (
-        Skill("greetings", 0.05, greeting_episode),
-        Skill("facts", 0.08, fact_episode),
-        Skill("follow-up", 0.04, follow_up_episode),
-        Skill("memory", 0.07, memory_episode),
-        Skill("counting", 0.09, counting_episode),
-        Skill("sums", 0.20, sum_episode),
-        Skill("ordering", 0.17, ordering_episode),
-        Skill("reversing", 0.04, reversing_episode),
-        Skill("story", 0.03, story_episode, accepts_story),
-        Skill("json", 0.14, extraction_episode),
-        Skill("tools", 0.09, tool_episode),
+        Skill("greetings", 0.04, greeting_episode),
+        Skill("facts", 0.07, fact_episode),
+        Skill("follow-up", 0.03, follow_up_episode),
+        Skill("memory", 0.06, memory_episode),
+        Skill("counting", 0.16, counting_episode),
+        Skill("sums", 0.13, sum_episode),
+        Skill("ordering", 0.20, ordering_episode),
+        Skill("reversing", 0.03, reversing_episode),
+        Skill("story", 0.05, story_episode, accepts_story),
+        Skill("json", 0.15, extraction_episode),
+        Skill("tools", 0.08, tool_episode),
     )
 }
 _LONG_CHAT_SHARE: Final = 0.006

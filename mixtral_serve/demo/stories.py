@@ -91,7 +91,7 @@ def story(rng: Random, hero: str, place: str | None = None) -> str:
 def story_episode(rng: Random) -> Episode:
     """Ask for a story; held out by the request, the hero and the place."""
     hero = rng.choice(HEROES)
-    place = rng.choice(_SLOTS["place"]) if rng.random() < 0.3 else None
+    place = rng.choice(_SLOTS["place"]) if rng.random() < 0.1 else None
     plain = rng.choice(_REQUESTS).format(a=with_article(hero))
     request = rng.choice(_PLACE_REQUESTS).format(request=plain, place=place) if place else plain
     key = f"story {plain} {place}"

@@ -44,12 +44,12 @@ def made_up(rng: Random, syllables: int = 2) -> str:
 
 def first_name(rng: Random) -> str:
     """Return a first name, now and then a made-up one."""
-    return rng.choice(FIRST_NAMES) if rng.random() < 0.85 else made_up(rng).capitalize()
+    return rng.choice(FIRST_NAMES) if rng.random() < 0.95 else made_up(rng).capitalize()
 
 
 def city(rng: Random) -> str:
     """Return the name of a city, now and then a made-up one."""
-    return rng.choice(CITIES) if rng.random() < 0.9 else made_up(rng).capitalize()
+    return rng.choice(CITIES) if rng.random() < 0.97 else made_up(rng).capitalize()
 
 
 def with_article(noun: str) -> str:

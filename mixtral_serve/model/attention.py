@@ -102,7 +102,7 @@ def paged_attention_forward(
         [1, rows, query_heads, head_dim] and no weights.
     """
     assert attention_mask is None, "a ragged row has no rectangular mask"
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]  # a module may answer anything
     queries = query[0].transpose(0, 1)
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     step.cache.write(layer, step.slots, keys, values)

@@ -42,8 +42,8 @@ def sorted_experts_forward(
     Returns:
         [rows, hidden] in the dtype of ``hidden_states``.
     """
-    gate_up_proj: torch.Tensor = module.gate_up_proj  # type: ignore[assignment]
-    down_proj: torch.Tensor = module.down_proj  # type: ignore[assignment]
+    gate_up_proj: torch.Tensor = module.gate_up_proj  # type: ignore[assignment]  # a module may answer anything
+    down_proj: torch.Tensor = module.down_proj  # type: ignore[assignment]  # a module may answer anything
     num_rows, k = top_k_index.shape
     # Ascending expert id within a row makes the order of the final sum a function of the row alone.
     top_k_index, rank = top_k_index.sort(dim=-1)

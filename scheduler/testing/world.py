@@ -10,7 +10,7 @@ Used by the state machine in ``scheduler.testing.machine``, by replays, and by h
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -109,12 +109,14 @@ class World:
         """One step: plan, run, commit. ``finish_in_flight`` are cancelled between run and commit."""
         had_work = self.scheduler.has_work
         oldest = self._oldest_running()
+        decoding = {state.id for state in self.scheduler._running.values() if state.num_pending_tokens == 1}
         self.reach.before_step(self.scheduler)
         plan = self.scheduler.step(self.clock())
         self.see(plan.events)
         invariants.check(self.scheduler)
         invariants.check_plan(self.scheduler, plan)
         self._check_progress(plan, had_work, oldest)
+        self._check_streams(plan, decoding)
         self.reach.planned(self.scheduler, plan)
         result = self._run(plan, faults or {}, crash_after)
         for request_id in finish_in_flight:
@@ -167,6 +169,10 @@ class World:
         _require("I20", not had_work or bool(plan.slices) or ended, "requests live, but the step does nothing")
         preempted = {event.request_id for event in plan.events if isinstance(event, Preempted)}
         _require("I22", oldest not in preempted, "the oldest running request was preempted")
+
+    def _check_streams(self, plan: StepPlan, decoding: Set[RequestId]) -> None:
+        stalled = (decoding & set(self.scheduler._running)) - {scheduled.request_id for scheduled in plan.slices}
+        _require("I20", not stalled or self.scheduler._kv.num_available == 0, f"{stalled} stall though blocks are free")
 
     def see(self, events: Sequence[Event]) -> None:
         """Take note of events, and refuse a history that cannot be (I11, I17, I22, I23, I25, I27)."""

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from sites import apply_site, known_survivors, sample_sites, sites
-from workshop import ROOT, judge, judge_all, report
+from workshop import Workshop
 
 
 def main() -> int:
@@ -26,19 +26,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--path", default="", help="only in files whose path contains this")
     options = parser.parse_args()
-    everything = [site for site in sites(ROOT / "scheduler") if options.path in site.path]
-    chosen = everything if options.all else sample_sites(everything, options.sample, options.seed)
-    unchanged = judge("the unchanged library", lambda _folder: None)
-    if unchanged.killed:
-        sys.stdout.write(f"the unchanged library fails its own tests: {unchanged.by}\n")
-        return 1
     explained = known_survivors()
     num_killed, unexplained = 0, []
-    for verdict in judge_all([(site.name, partial(apply_site, site)) for site in chosen], num_workers=options.workers):
-        report(verdict)
-        num_killed += verdict.killed
-        if not verdict.killed and verdict.name not in explained:
-            unexplained.append(verdict.name)
+    with Workshop() as workshop:
+        everything = [site for site in sites(workshop.library) if options.path in site.path]
+        chosen = everything if options.all else sample_sites(everything, options.sample, options.seed)
+        workshop.judge_unchanged()
+        mutants = [(site.name, partial(apply_site, site)) for site in chosen]
+        for verdict in workshop.judge_all(mutants, num_workers=options.workers):
+            verdict.report()
+            num_killed += verdict.killed
+            if not verdict.killed and verdict.name not in explained:
+                unexplained.append(verdict.name)
     share = num_killed / max(1, len(chosen))
     sys.stdout.write(
         f"{num_killed} of {len(chosen)} mutations were killed ({share:.1%}); {len(everything)} are possible\n"

@@ -67,6 +67,12 @@ BLOCKS = [
         "self.num_blocks * self.block_size",
     ),
     Mutation(
+        "what a request just started still needs is forgotten in the same round",
+        "scheduler.py",
+        "            num_owed += self._blocks_owed(state)\n",
+        "",
+    ),
+    Mutation(
         "the last free block is never given",
         "block_pool.py",
         "if num_blocks > len(self._free)",
@@ -123,14 +129,14 @@ BLOCKS = [
     Mutation(
         "admission ignores what running prompts still need",
         "scheduler.py",
-        "return needed + promised <= self._kv.num_available",
+        "return needed + num_owed <= self._kv.num_available",
         "return needed <= self._kv.num_available",
     ),
     Mutation(
         "what fits exactly does not fit",
         "scheduler.py",
-        "return needed + promised <= self._kv.num_available",
-        "return needed + promised < self._kv.num_available",
+        "return needed + num_owed <= self._kv.num_available",
+        "return needed + num_owed < self._kv.num_available",
     ),
 ]
 
@@ -357,15 +363,12 @@ ORDER = [
     Mutation(
         "somebody slips past the one that does not fit",
         "scheduler.py",
-        "                self._start(state, cached, draft, now)\n            else:\n                return\n",
-        "                self._start(state, cached, draft, now)\n            else:\n"
-        "                other = next((s for s in self._room.waiting() if s.id not in self._in_flight), None)\n"
-        "                late = list(self._room.waiting())[-1:]\n"
-        "                if other is None or not late or late[0] is state or late[0].id in self._in_flight:\n"
+        "            if not self._fits(state, cached, num_owed):\n                return\n",
+        "            if not self._fits(state, cached, num_owed):\n"
+        "                late = self._room.waiting()[-1:]\n"
+        "                if not late or late[0].id in self._in_flight or not self._fits(late[0], [], num_owed):\n"
         "                    return\n"
-        "                if not self._fits(late[0], []):\n"
-        "                    return\n"
-        "                self._start(late[0], [], draft, now)\n",
+        "                state, cached = late[0], []\n",
     ),
     Mutation(
         "prompts come before decodes",

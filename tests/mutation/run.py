@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from named import NAMED, MutationDoesNotApply
-from workshop import copy_of_the_library, judge, judge_all, report
+from workshop import Workshop
 
 
-def check_that_all_apply() -> None:
+def check_that_all_apply(workshop: Workshop) -> None:
     """A list that is out of date is an error, found before the first mutant is tried.
 
     Raises:
@@ -24,13 +24,13 @@ def check_that_all_apply() -> None:
     """
     if len({mutation.name for mutation in NAMED}) != len(NAMED):
         raise MutationDoesNotApply("two mutations have the same name")
-    with copy_of_the_library() as folder:
-        pristine = {file: file.read_bytes() for file in (folder / "scheduler").rglob("*.py")}
+    with workshop.copy() as folder:
         for mutation in NAMED:
-            mutation.apply(folder / "scheduler")
             changed = folder / "scheduler" / mutation.path
+            before = changed.read_bytes()
+            mutation.apply(folder / "scheduler")
             compile(changed.read_text(encoding="utf-8"), mutation.name, "exec")
-            changed.write_bytes(pristine[changed])
+            changed.write_bytes(before)
 
 
 def main() -> int:
@@ -38,17 +38,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
     parser.add_argument("--only", default="", metavar="WORDS", help="only mutations whose name contains this")
     options = parser.parse_args()
-    check_that_all_apply()
-    unchanged = judge("the unchanged library", lambda _folder: None)
-    if unchanged.killed:
-        sys.stdout.write(f"the unchanged library fails its own tests: {unchanged.by}\n")
-        return 1
     chosen = [mutation for mutation in NAMED if options.only in mutation.name]
     survivors = []
-    for verdict in judge_all([(m.name, m.apply) for m in chosen], num_workers=options.workers):
-        report(verdict)
-        if not verdict.killed:
-            survivors.append(verdict.name)
+    with Workshop() as workshop:
+        check_that_all_apply(workshop)
+        workshop.judge_unchanged()
+        for verdict in workshop.judge_all([(m.name, m.apply) for m in chosen], num_workers=options.workers):
+            verdict.report()
+            if not verdict.killed:
+                survivors.append(verdict.name)
     sys.stdout.write(f"{len(chosen) - len(survivors)} of {len(chosen)} named mutations were killed\n")
     for name in survivors:
         sys.stdout.write(f"survived: {name}\n")

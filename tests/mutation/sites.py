@@ -97,8 +97,8 @@ def apply_site(site: Site, folder: Path) -> None:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
     mutated = _mutate(nodes[site.node_index], site.operator)
-    tree = _Replace(nodes[site.node_index], mutated).visit(tree)
-    file.write_text(ast.unparse(ast.fix_missing_locations(tree)), encoding="utf-8")
+    changed = _Replace(nodes[site.node_index], mutated).visit(tree)
+    file.write_text(ast.unparse(ast.fix_missing_locations(changed)), encoding="utf-8")
 
 
 def known_survivors() -> set[str]:
@@ -174,8 +174,8 @@ def _mutate(node: ast.AST, operator: str) -> ast.AST:
             return mutated.operand
         case ast.Constant(), "boolean":
             mutated.value = not mutated.value
-        case ast.Constant(value=int()), "number":
-            mutated.value = mutated.value + 1
+        case ast.Constant(value=int(number)), "number":
+            mutated.value = number + 1
         case ast.Return(), "result":
             mutated.value = ast.Constant(None)
         case ast.Break(), "statement":

@@ -1,8 +1,9 @@
 """Copies of the library, and the verdict of its tests on each.
 
-A mutant lives in a folder of its own that holds ``scheduler/``, ``tests/scheduler/`` and what those read; nothing of
-the checkout is imported. The tests run quickest first and stop at the first failure. A mutant that runs for too
-long counts as killed: the laws include that everything ends.
+A ``Workshop`` takes one snapshot of ``scheduler/``, its tests and its documents when it opens; whoever edits the
+checkout meanwhile changes nothing. Each mutant is a copy of the snapshot in a folder of its own, and its tests import
+nothing from elsewhere. They run quickest first and stop at the first failure. A mutant that runs for too long counts as
+killed: the laws include that everything ends.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ addopts = --import-mode=importlib
 filterwarnings = error
 markers = slow: takes more than a few seconds
 """
+LATE = {"test_documents.py": 1, "test_faults.py": 1, "test_step_cost.py": 1, "test_world.py": 1, "test_laws.py": 2}
+"""Files that take longer than the examples; the laws last."""
+
+Mutate = Callable[[Path], object]
+"""Changes the ``scheduler/`` folder that it is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,74 +46,91 @@ class Verdict:
     """The first test that failed, or why else it counts as killed."""
     seconds: float
 
+    def report(self) -> None:
+        """One line for people."""
+        word = "killed  " if self.killed else "SURVIVED"
+        sys.stdout.write(f"{word} {self.seconds:5.1f} s  {self.name}{f'  ({self.by})' if self.killed else ''}\n")
+        sys.stdout.flush()
 
-@contextmanager
-def copy_of_the_library() -> Iterator[Path]:
-    """A folder with the library and its tests; gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="mutant-"))
-    try:
-        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+class Workshop:
+    """Makes copies and judges them. Use it as a context manager."""
+
+    def __enter__(self) -> Workshop:
+        self._snapshot = Path(tempfile.mkdtemp(prefix="mutants-"))
         for name in ("scheduler", "tests/scheduler", "docs"):
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-        (folder / "pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(ROOT / name, self._snapshot / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (self._snapshot / "pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._snapshot, ignore_errors=True)
+
+    @property
+    def library(self) -> Path:
+        """The unchanged ``scheduler/``; only to be read."""
+        return self._snapshot / "scheduler"
+
+    @contextmanager
+    def copy(self) -> Iterator[Path]:
+        """A folder like the snapshot, gone afterwards."""
+        folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+        try:
+            yield shutil.copytree(self._snapshot, folder, dirs_exist_ok=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def judge(self, name: str, mutate: Mutate) -> Verdict:
+        """Mutate a copy and run its tests. Errors of ``mutate`` itself pass through."""
+        began = perf_counter()
+        with self.copy() as folder:
+            mutate(folder / "scheduler")
+            killed, by = _run_tests(folder)
+        return Verdict(name, killed, by, perf_counter() - began)
+
+    def judge_all(self, mutants: Sequence[tuple[str, Mutate]], *, num_workers: int) -> Iterator[Verdict]:
+        """Verdicts in the order of ``mutants``, ``num_workers`` at a time."""
+        with ThreadPoolExecutor(num_workers) as pool:
+            yield from pool.map(lambda mutant: self.judge(*mutant), mutants)
+
+    def judge_unchanged(self) -> None:
+        """The library as it is must pass.
+
+        Raises:
+            SystemExit: it does not, so that no verdict would mean anything.
+        """
+        verdict = self.judge("the unchanged library", lambda _: None)
+        if verdict.killed:
+            raise SystemExit(f"the unchanged library fails its own tests: {verdict.by}")
 
 
-def test_files(folder: Path) -> list[str]:
-    """The tests' files, the laws last: examples are quick, and name the fault."""
-    files = sorted((folder / "tests/scheduler").rglob("test_*.py"))
-    late = {"test_laws.py": 2, "test_documents.py": 1, "test_faults.py": 1, "test_step_cost.py": 1, "test_world.py": 1}
-    files.sort(key=lambda file: late.get(file.name, 0))
-    return [str(file.relative_to(folder)) for file in files]
-
-
-def judge(name: str, mutate: Callable[[Path], None]) -> Verdict:
-    """Mutate a copy and run its tests. Errors of ``mutate`` itself pass through."""
-    began = perf_counter()
-    with copy_of_the_library() as folder:
-        mutate(folder / "scheduler")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
-        environment = {
+def _run_tests(folder: Path) -> tuple[bool, str]:
+    """Whether a test failed, and which."""
+    files = sorted((folder / "tests/scheduler").rglob("test_*.py"), key=lambda file: (LATE.get(file.name, 0), file))
+    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, *(str(file.relative_to(folder)) for file in files)],
+        cwd=folder,
+        env={
             **os.environ,
             "PYTHONPATH": str(folder),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # loading them takes longer than most mutants live
             "LAW_EXAMPLES": LAW_EXAMPLES,
-        }
-        process = subprocess.Popen(
-            [*command, *test_files(folder)],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return Verdict(name, True, "no end in sight", perf_counter() - began)
-    seconds = perf_counter() - began
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return True, "no end in sight"
     if process.returncode == 0:
-        return Verdict(name, False, "", seconds)
+        return False, ""
     named = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return Verdict(name, True, named[0].split(" - ")[0] if named else output.strip()[-200:], seconds)
-
-
-def judge_all(mutants: Sequence[tuple[str, Callable[[Path], None]]], *, num_workers: int) -> Iterator[Verdict]:
-    """Verdicts in the order of ``mutants``, ``num_workers`` at a time."""
-    with ThreadPoolExecutor(num_workers) as pool:
-        yield from pool.map(lambda mutant: judge(*mutant), mutants)
-
-
-def report(verdict: Verdict) -> None:
-    """One line per mutant, and the test that killed it."""
-    word = "killed  " if verdict.killed else "SURVIVED"
-    by = f"  ({verdict.by.removeprefix('FAILED ').removeprefix('tests/scheduler/')})" if verdict.killed else ""
-    sys.stdout.write(f"{word} {verdict.seconds:5.1f} s  {verdict.name}{by}\n")
-    sys.stdout.flush()
+    by = named[0].split(" - ")[0].split(" ", 1)[1] if named else output.strip()[-200:]
+    return True, by.removeprefix("tests/scheduler/")

@@ -120,6 +120,7 @@ def test_i36_a_smaller_request_never_costs_more(num_prompt_tokens: int, max_toke
 
 
 def test_a_request_is_charged_for_its_prompt_its_blocks_and_its_undelivered_output() -> None:
+    assert (REQUEST_OVERHEAD_BYTES, QUEUED_TOKEN_BYTES) == (8192, 512)
     fixed = REQUEST_OVERHEAD_BYTES
     assert request_bytes(0, 0, 4) == fixed
     assert request_bytes(4, 0, 4) == fixed + 12 * 4 + 160

@@ -124,6 +124,16 @@ def test_nobody_comes_back_in_the_step_that_preempted_even_if_there_is_room(new_
     world.settle()
 
 
+def test_i22_pledges_may_fill_the_pool_exactly_and_owe_nothing_besides(new_world: NewWorld) -> None:
+    world = new_world(num_blocks=10, block_size=1, max_num_seqs=4, max_preemptions=0)
+    for index in range(4):
+        world.add(make_request(f"r{index}", [index + 1], max_tokens=2))
+    world.step()
+    stats = world.scheduler.stats()
+    assert (stats.num_running, stats.num_used_blocks + stats.num_pledged_blocks) == (3, 9)
+    world.settle()
+
+
 def test_a_resume_leaves_the_first_hit_as_it_was(new_world: NewWorld) -> None:
     world = crowded(new_world)
     world.settle()
