@@ -14,6 +14,9 @@ SERVE_STAMP := $(VENV)/.installed-serve
 DEV_STAMP := $(VENV)/.installed-dev
 INSTALL_INPUTS := pyproject.toml configs/constraints.txt
 
+# As the server sets it for its engine: threads of PyTorch that wait do not spin.
+export OMP_WAIT_POLICY := PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help serve install test check lint mutants mutation demo-model clean
 

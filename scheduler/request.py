@@ -24,7 +24,7 @@ from typing import NewType, Protocol
 
 from scheduler.accountant import ReservationId
 from scheduler.errors import InvalidRequestError
-from scheduler.lifecycle import FinishReason, RequestStatus
+from scheduler.lifecycle import RequestStatus
 
 RequestId = NewType("RequestId", str)
 BlockId = NewType("BlockId", int)
@@ -172,7 +172,6 @@ class RequestState:
     """The runner's partial embedding, handed back with the next slice. Opaque."""
     reservation: ReservationId | None = None
     """What the memory accountant holds for it."""
-    finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.tokens = array(TOKEN_TYPECODE, self.request.prompt)

@@ -359,7 +359,6 @@ class Scheduler:
         if self._accountant is not None and state.reservation is not None:
             self._accountant.release(state.reservation)
         move(state, RequestStatus.FINISHED)
-        state.finish_reason = reason
         return Finished(
             state.id,
             reason,

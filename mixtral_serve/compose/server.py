@@ -38,6 +38,7 @@ HOPELESS_FACTOR: Final = 5
 """An engine that stood still so many times longer than makes it not ready is killed and started again."""
 
 ENGINE_ENVIRONMENT: Final = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins at a barrier takes the CPU from the one it waits for
     "TOKENIZERS_PARALLELISM": "false",  # its threads would fight the model's
     "HF_HUB_OFFLINE": "1",  # nothing is ever fetched while serving
     "MALLOC_ARENA_MAX": "2",  # freed memory goes back instead of staying in one arena per thread

@@ -28,18 +28,18 @@ from mixtral_serve.model.shape import BYTES_PER_ELEMENT, EMBEDDING, HEAD, ModelS
 MAX_SHARD_BYTES: Final = 2 << 30
 
 DEMO_SIZED: Final = ModelShape(
-    vocab_size=1024,
+    vocab_size=1536,
     hidden_size=256,
     intermediate_size=128,
     num_layers=4,
-    num_query_heads=4,
+    num_query_heads=8,
     num_kv_heads=2,
-    head_dim=64,
+    head_dim=32,
     num_experts=8,
     num_experts_per_token=2,
     max_model_len=4096,
 )
-"""About the dimensions of the bundled demo model."""
+"""The dimensions of the bundled demo model."""
 
 
 def write_synthetic_checkpoint(

@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from scheduler.errors import InvalidRequestError
-from scheduler.request import RequestKind, RequestState
-from scheduler.testing import make_request
+from scheduler.request import Request, RequestId, RequestKind, RequestState, StopRule
+from scheduler.testing import compact, make_request
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,13 @@ def test_the_edges_are_accepted() -> None:
     make_request("r", [0], max_tokens=1, min_tokens=1)
     make_request("r", [1], max_tokens=0, kind=RequestKind.SCORE)
     make_request("r", [1], max_tokens=0, kind=RequestKind.EMBED)
+
+
+def test_without_further_wishes_nothing_is_restricted() -> None:
+    assert StopRule(3) == StopRule(max_tokens=3, stop_token_ids=frozenset(), min_tokens=0)
+    request = Request(RequestId("r"), compact([1]), StopRule(3), 0.0)
+    assert (request.kind, request.priority, request.tenant, request.cache_salt) == (RequestKind.GENERATE, 0, "", "")
+    assert (request.deadline_s, request.prompt_logprobs) == (None, False)
 
 
 def test_a_request_is_frozen() -> None:

@@ -10,6 +10,7 @@ from scheduler import (
     AdmissionError,
     Admitted,
     DuplicateRequestError,
+    Event,
     FCFSPolicy,
     Finished,
     FinishReason,
@@ -145,6 +146,26 @@ def test_a_policy_that_names_a_victim_it_was_not_offered_is_told_so() -> None:
     world.add(make_request("second", [2], max_tokens=3))
     with pytest.raises(ProtocolError, match="a victim that it was not offered"):
         world.settle()
+
+
+def test_a_policy_is_shown_every_event_in_its_order(new_world: NewWorld) -> None:
+    class Attentive(FCFSPolicy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Event] = []
+
+        def observe(self, events: Sequence[Event]) -> None:
+            self.seen.extend(events)
+
+    policy = Attentive()
+    world = new_world(policy, num_blocks=5, block_size=2, max_num_seqs=2)
+    for name in ("old", "young", "gone"):
+        world.add(make_request(name, [ord(name[0])] * 2, max_tokens=5))
+    world.step()
+    world.finish(RequestId("gone"))
+    world.settle()
+    assert world.reach.counts["preempted"]
+    assert policy.seen == world.trace
 
 
 # The rules of a plan
