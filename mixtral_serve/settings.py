@@ -20,11 +20,14 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta
 
+from scheduler.policies import POLICIES
+
 ENVIRONMENT_PREFIX: Final = "MIXTRAL_SERVE_"
 
 Count = Annotated[int, Meta(ge=1)]
 CountOrZero = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
+PolicyName = Annotated[str, Meta(pattern=f"^({'|'.join(POLICIES)})$")]
 
 
 class SettingsError(ValueError):
@@ -60,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         CountOrZero, Meta(description="most prompt tokens of one request in one step; 0 means no limit of its own")
     ] = 0
     max_num_queued_reqs: Annotated[Count, Meta(description="most requests that wait; more are refused with 429")] = 1024
-    scheduling_policy: Annotated[Literal["fcfs", "priority"], Meta(description="who goes first")] = "fcfs"
+    scheduling_policy: Annotated[PolicyName, Meta(description=f"who goes first: {', '.join(POLICIES)}")] = "fcfs"
     enable_prefix_caching: Annotated[bool, Meta(description="share the KV blocks of equal prefixes")] = True
     check_invariants: Annotated[
         bool, Meta(description="check every law of the scheduler after every step (slow; for debugging)")

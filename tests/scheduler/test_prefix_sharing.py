@@ -26,14 +26,15 @@ def settle_and_count(world: World) -> int:
 
 @pytest.mark.parametrize("num_siblings", [2, 5, 16])
 @pytest.mark.parametrize("num_batched_tokens", [16, 512])
+@pytest.mark.parametrize("num_prompt_tokens", [41, 42, 44])
 def test_n_siblings_compute_their_common_prompt_once(
-    new_world: NewWorld, num_siblings: int, num_batched_tokens: int
+    new_world: NewWorld, num_siblings: int, num_batched_tokens: int, num_prompt_tokens: int
 ) -> None:
     world = new_world(max_num_seqs=16, max_num_batched_tokens=num_batched_tokens)
     for index in range(num_siblings):
-        world.add(make_request(f"choice{index}", [1] * 42, max_tokens=2))
-    # 42 tokens are ten full blocks and two tokens that each sibling computes for itself.
-    assert settle_and_count(world) == 42 + 2 * (num_siblings - 1)
+        world.add(make_request(f"choice{index}", [1] * num_prompt_tokens, max_tokens=2))
+    # Ten full blocks are shared; what follows, at least the last token, each sibling computes for itself.
+    assert settle_and_count(world) == num_prompt_tokens + (num_prompt_tokens - 40) * (num_siblings - 1)
 
 
 def test_without_prefix_caching_each_sibling_computes_its_own(new_world: NewWorld) -> None:
