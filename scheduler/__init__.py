@@ -31,10 +31,11 @@ from scheduler.events import (
     PrefixHit,
     PromptScored,
     Resumed,
+    TokenLogprob,
     TokensCommitted,
 )
 from scheduler.lifecycle import FinishReason, RequestStatus
-from scheduler.plan import ScheduledSlice, SliceResult, StepPlan, StepResult, TokenLogprob
+from scheduler.plan import ScheduledSlice, SliceResult, StepPlan, StepResult
 from scheduler.policies import POLICIES, FCFSPolicy, OrderedPolicy, Policy, PriorityPolicy
 from scheduler.request import BlockId, Request, RequestId, RequestKind, RequestView, StopRule
 from scheduler.scheduler import Scheduler

@@ -7,12 +7,23 @@ request that ``add`` accepted ends in exactly one ``Finished``; nothing about it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-if TYPE_CHECKING:
-    from scheduler.lifecycle import FinishReason
-    from scheduler.plan import TokenLogprob
-    from scheduler.request import BlockId, RequestId
+from scheduler.lifecycle import FinishReason
+from scheduler.request import BlockId, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of one token and of the most likely alternatives at its position.
+
+    Of the raw logits: before temperature, masks and penalties.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most likely first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scheduler.events import Event
+from scheduler.events import Event, TokenLogprob
 from scheduler.lifecycle import FinishReason
 from scheduler.request import BlockId, RequestId
 
@@ -65,19 +65,6 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Rows of the forward pass."""
         return sum(s.num_tokens for s in self.slices)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """The log-probability of one token and of the most likely alternatives at its position.
-
-    Of the raw logits: before temperature, masks and penalties.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability), most likely first."""
 
 
 class SliceResult(NamedTuple):

@@ -19,8 +19,8 @@ from mixtral_serve.contract import ModelInfo, SamplingParams
 from mixtral_serve.engine.admission import resolve_max_tokens
 from mixtral_serve.engine.errors import PromptTooLong
 from mixtral_serve.engine.messages import Delta, Submit
+from scheduler.events import TokenLogprob
 from scheduler.lifecycle import FinishReason
-from scheduler.plan import TokenLogprob
 
 MAX_CHOICES: Final = 128
 """Most prompts times ``n`` of one request."""

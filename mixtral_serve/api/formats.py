@@ -18,7 +18,7 @@ from mixtral_serve.api.convert import Choice, finish_reason
 from mixtral_serve.api.sse import json_line
 from mixtral_serve.engine.messages import Delta
 from mixtral_serve.text.detokenizer import TokenBytes
-from scheduler.plan import TokenLogprob
+from scheduler.events import TokenLogprob
 
 _MIN_LOGPROB: Final = -9999.0
 """JSON has no minus infinity; this is what OpenAI says instead."""

@@ -38,8 +38,9 @@ from mixtral_serve.text.detokenizer import TokenBytes
 from mixtral_serve.text.tokenizer import load_tokenizer
 from scheduler.accountant import MemoryAccountant
 from scheduler.config import SchedulerConfig
+from scheduler.events import TokenLogprob
 from scheduler.lifecycle import FinishReason
-from scheduler.plan import ScheduledSlice, SliceResult, StepResult, TokenLogprob
+from scheduler.plan import ScheduledSlice, SliceResult, StepResult
 from scheduler.policies import POLICIES
 from scheduler.request import TOKEN_TYPECODE
 from scheduler.scheduler import Scheduler

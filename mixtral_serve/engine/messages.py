@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from mixtral_serve.contract import ModelInfo, SamplingParams
-from scheduler.plan import TokenLogprob
+from scheduler.events import TokenLogprob
 from scheduler.request import RequestKind
 
 

@@ -22,9 +22,9 @@ from collections.abc import Iterable
 from mixtral_serve.engine.messages import Delta, Submit
 from mixtral_serve.text.detokenizer import IncrementalDetokenizer, TokenBytes
 from mixtral_serve.text.stop_strings import StopMatcher
-from scheduler.events import Event, Finished, PromptScored, TokensCommitted
+from scheduler.events import Event, Finished, PromptScored, TokenLogprob, TokensCommitted
 from scheduler.lifecycle import FinishReason
-from scheduler.plan import SliceResult, StepPlan, StepResult, TokenLogprob
+from scheduler.plan import SliceResult, StepPlan, StepResult
 from scheduler.request import RequestId, StopRule
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from scheduler.plan import TokenLogprob
+from scheduler.events import TokenLogprob
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> tuple[TokenLogprob, ...]:

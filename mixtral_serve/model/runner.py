@@ -27,8 +27,9 @@ from mixtral_serve.model.pooling import pool
 from mixtral_serve.model.sampler import NON_FINITE, Sampled, SampleRow, finite_rows, sample
 from mixtral_serve.model.shape import ModelShape, Weights
 from mixtral_serve.model.threads import apply_threads, plan_threads
+from scheduler.events import TokenLogprob
 from scheduler.lifecycle import FinishReason
-from scheduler.plan import ScheduledSlice, SliceResult, StepResult, TokenLogprob
+from scheduler.plan import ScheduledSlice, SliceResult, StepResult
 
 _MAX_LOGITS: Final = 8 << 20
 """Logits computed at once for scored prompts (32 MB in fp32)."""

@@ -26,7 +26,7 @@ import torch
 
 from mixtral_serve.contract import SamplingParams, TokenMask
 from mixtral_serve.model.logprobs import token_logprobs
-from scheduler.plan import TokenLogprob
+from scheduler.events import TokenLogprob
 
 NON_FINITE: Final = "the model produced logits that are not finite"
 

@@ -21,8 +21,9 @@ from enum import Enum
 from hashlib import blake2b
 from typing import Final
 
+from scheduler.events import TokenLogprob
 from scheduler.lifecycle import FinishReason
-from scheduler.plan import ScheduledSlice, SliceResult, StepPlan, StepResult, TokenLogprob
+from scheduler.plan import ScheduledSlice, SliceResult, StepPlan, StepResult
 from scheduler.request import TOKEN_TYPECODE, BlockId, Request, RequestId, RequestKind
 
 UNWRITTEN: Final = -1

@@ -18,10 +18,20 @@ from scheduler import invariants
 from scheduler.accountant import MemoryAccountant
 from scheduler.config import SchedulerConfig
 from scheduler.errors import AdmissionError, QueueFullError, RequestTooLargeError
-from scheduler.events import Admitted, Event, Finished, Preempted, PrefixHit, PromptScored, Resumed, TokensCommitted
+from scheduler.events import (
+    Admitted,
+    Event,
+    Finished,
+    Preempted,
+    PrefixHit,
+    PromptScored,
+    Resumed,
+    TokenLogprob,
+    TokensCommitted,
+)
 from scheduler.invariants import InvariantError
 from scheduler.lifecycle import FinishReason
-from scheduler.plan import StepPlan, StepResult, TokenLogprob
+from scheduler.plan import StepPlan, StepResult
 from scheduler.policies.base import Policy
 from scheduler.prefix_cache import HashFunction, sha256_digest
 from scheduler.request import TOKEN_TYPECODE, Request, RequestId

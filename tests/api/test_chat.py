@@ -8,7 +8,7 @@ import pytest
 
 from mixtral_serve.api.app import create_app
 from mixtral_serve.engine.messages import Delta, Submit
-from scheduler.plan import TokenLogprob
+from scheduler.events import TokenLogprob
 
 
 def prompt_ids(submit: Submit) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mixtral_serve.engine.messages import Delta, Submit
-from scheduler.plan import TokenLogprob
+from scheduler.events import TokenLogprob
 
 
 def prompt_ids(submit: Submit) -> list[int]:

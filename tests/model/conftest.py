@@ -15,8 +15,7 @@ from mixtral_serve.model.runner import LogitsListener, MixtralRunner, load_runne
 from mixtral_serve.model.shape import ModelShape, Weights
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
 from scheduler.config import SchedulerConfig
-from scheduler.events import Event, Finished, Preempted, PrefixHit, PromptScored, TokensCommitted
-from scheduler.plan import TokenLogprob
+from scheduler.events import Event, Finished, Preempted, PrefixHit, PromptScored, TokenLogprob, TokensCommitted
 from scheduler.policies.fcfs import FCFSPolicy
 from scheduler.request import Request, RequestId, RequestKind, StopRule
 from scheduler.scheduler import Scheduler

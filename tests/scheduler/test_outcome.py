@@ -6,10 +6,10 @@ import pytest
 
 from scheduler.draft import StepDraft
 from scheduler.errors import ProtocolError
-from scheduler.events import Event, PromptScored, TokensCommitted
+from scheduler.events import Event, PromptScored, TokenLogprob, TokensCommitted
 from scheduler.lifecycle import FinishReason
 from scheduler.outcome import apply_result, validate_result
-from scheduler.plan import ScheduledSlice, SliceResult, StepResult, TokenLogprob
+from scheduler.plan import ScheduledSlice, SliceResult, StepResult
 from scheduler.request import RequestId, RequestKind, RequestState
 from scheduler.testing import make_request
 
