@@ -38,8 +38,8 @@ measured with weights that mean something; outside the skills below it knows not
 ## Training
 
 Trained from scratch on generated conversations with `python -m mixtral_serve.demo.train` (seed {seed}):
-{steps:,} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes at {speed:,.0f} tokens per second on two
-CPU cores. Loss is taken on the answers only, plus a small router load-balancing loss.{note}
+{steps:,} steps, {tokens:.1f} million tokens, {minutes:.0f} minutes at {speed:,.0f} tokens per second on at most
+two CPU cores. Loss is taken on the answers only, plus a small router load-balancing loss.{note}
 
 ## Exact match on held-out prompts
 
@@ -49,6 +49,13 @@ Greedy decoding, weights as shipped, computed in float32. A story counts as righ
 for the requested hero.
 
 {table}
+
+## Limits
+
+Counting covers up to ten numbers from a start of at most 20, sums two numbers up to 50, ordering three words or three
+numbers (all below 10, or all from 10 to 59), reversing three to five words. Words, names and cities come from the short
+lists in `mixtral_serve/demo/words.py`; others are copied less reliably. Chats of up to a thousand tokens were trained
+on. Asked anything else, the model answers with something it knows, which is then wrong.
 
 ## Prompt format
 

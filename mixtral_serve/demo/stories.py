@@ -66,16 +66,14 @@ _REQUESTS: Final = (
     "Tell me a short story about {a}.",
     "I want to hear about {a}. Tell me a story.",
 )
-_PLACE_REQUESTS: Final = ("{request} It happens in the {place}.", "{request} The place is the {place}.")
 
 
-def story(rng: Random, hero: str, place: str | None = None) -> str:
+def story(rng: Random, hero: str) -> str:
     """Write a story of four or five sentences about ``hero``."""
     slots = {name: rng.choice(values) for name, values in _SLOTS.items()}
     while slots["friend"] == hero:
         slots["friend"] = rng.choice(_SLOTS["friend"])
     slots["hero"] = hero
-    slots["place"] = place or slots["place"]
     slots["a_thing"] = with_article(slots["thing"])
     slots["a_friend"] = with_article(slots["friend"])
     slots["A_friend"] = slots["a_friend"].capitalize()
@@ -89,13 +87,11 @@ def story(rng: Random, hero: str, place: str | None = None) -> str:
 
 
 def story_episode(rng: Random) -> Episode:
-    """Ask for a story; held out by the request, the hero and the place."""
+    """Ask for a story; held out by the request with its hero."""
     hero = rng.choice(HEROES)
-    place = rng.choice(_SLOTS["place"]) if rng.random() < 0.1 else None
-    plain = rng.choice(_REQUESTS).format(a=with_article(hero))
-    request = rng.choice(_PLACE_REQUESTS).format(request=plain, place=place) if place else plain
-    key = f"story {plain} {place}"
-    return Episode("story", key, dialogue(punctuated(rng, request), story(rng, hero, place)))
+    request = rng.choice(_REQUESTS).format(a=with_article(hero))
+    # The last word belongs to the split that the bundled weights were trained with.
+    return Episode("story", f"story {request} None", dialogue(punctuated(rng, request), story(rng, hero)))
 
 
 def _pattern(template: str) -> str:
@@ -111,9 +107,9 @@ def _pattern(template: str) -> str:
 _PATTERNS: Final = [[re.compile(_pattern(template)) for template in stage] for stage in _STAGES]
 
 
-def is_story(text: str, hero: str, place: str | None = None) -> bool:
+def is_story(text: str, hero: str) -> bool:
     """Say whether ``text`` is a story of the grammar about ``hero``, telling one thing throughout."""
-    known = {"hero": hero} | ({"place": place} if place else {})
+    known = {"hero": hero}
     sentences = [part if part.endswith(".") else part + "." for part in text.strip().split(". ")]
     stage = 0
     for sentence in sentences:
@@ -135,5 +131,4 @@ def accepts_story(episode: Episode, answer: str) -> bool:
     """Score an answer to a story request by the grammar."""
     request = episode.prompt[-1]["content"].lower()
     hero = next(word for word in HEROES if re.search(rf"about an? {word}\b", request))
-    place = next((p for p in _SLOTS["place"] if re.search(rf" the {p}\b", request)), None)
-    return is_story(answer, hero, place)
+    return is_story(answer, hero)

@@ -112,7 +112,7 @@ def _add_some(world: World, random: Random, number: int) -> int:
 def _disturb(world: World, random: Random) -> None:
     """Something goes wrong, or somebody leaves."""
     if not world.live:
-        world.scheduler.reset_prefix_cache()
+        world.reset_prefix_cache()
         return
     somebody = random.choice(world.live)
     match random.randrange(5):

@@ -137,6 +137,14 @@ class World:
         self.reach.committed(self.scheduler, events)
         return (*plan.events, *events)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget all prefixes: succeeds exactly when nobody holds a block (I15)."""
+        idle = self.scheduler.stats().num_used_blocks == 0
+        done = self.scheduler.reset_prefix_cache()
+        _require("I15", done is idle, "the cache was reset under a running request, or refused when idle")
+        invariants.check(self.scheduler)
+        return done
+
     def settle(self) -> None:
         """Step without faults until nobody lives: everyone ends in bounded time (I21), nothing is left (I29, I32)."""
         bound = self.steps_to_settle()

@@ -56,7 +56,9 @@ def test_no_more_blocks_are_planned_than_tokens_are_wanted() -> None:
 
 
 def test_a_plan_that_is_one_byte_short_is_refused_with_a_table() -> None:
-    assert plan_memory(66, TINY, {"weights": 50}, min_tokens=4).num_blocks == 2
+    just = plan_memory(66, TINY, {"weights": 50}, min_tokens=4)
+    assert just.num_blocks == 2
+    assert just.table().splitlines()[-1].startswith("  left under the cap")
     with pytest.raises(PlanError) as caught:
         plan_memory(65, TINY, {"weights": 50}, min_tokens=4)
     lines = str(caught.value).splitlines()

@@ -77,6 +77,10 @@ def test_the_machine_is_named_after_the_policy_it_plays_with() -> None:
         SchedulerMachine.new_policy()
 
 
+def test_a_machine_that_never_began_has_nothing_to_settle() -> None:
+    scheduler_machine(FCFSPolicy)().teardown()
+
+
 def test_i20_a_forgetful_policy_is_still_safe() -> None:
     for seed in range(10):
         storm(Lazy, seed, num_requests=30)
