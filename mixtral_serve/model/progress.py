@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import Final, Protocol, TextIO
 
 from tqdm import tqdm
 
 _log = logging.getLogger(__name__)
 
-_NUM_LOG_LINES = 10
+_LINE_EVERY_S: Final = 5.0
 
 
 class Progress(Protocol):
@@ -32,27 +33,35 @@ class _Bar:
 
 
 class _Lines:
-    """One line per tenth, so that a load of an hour and one of a second are both readable."""
+    """A line every few seconds and one at the end: a load of an hour and one of a second are both readable."""
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    def __init__(self, label: str, total: int, unit: str, clock: Callable[[], float]) -> None:
         self._label, self._total, self._unit = label, total, unit
+        self._clock = clock
         self._num_done = 0
-        self._next_line = 1
+        self._next_line_s = clock() + _LINE_EVERY_S
 
     def advance(self, num_done: int) -> None:
         self._num_done += num_done
-        tenths = self._num_done * _NUM_LOG_LINES // self._total
-        if tenths >= self._next_line:
-            self._next_line = tenths + 1
+        now = self._clock()
+        if self._num_done == self._total or now >= self._next_line_s:
+            self._next_line_s = now + _LINE_EVERY_S
             _log.info("%s: %d of %d %s", self._label, self._num_done, self._total, self._unit)
 
 
 @contextmanager
-def progress(label: str, *, total: int, unit: str, stream: TextIO | None = None) -> Iterator[Progress]:
+def progress(
+    label: str,
+    *,
+    total: int,
+    unit: str,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Progress]:
     """Report ``total`` units (at least 1) of work to ``stream`` (default: standard error) or to the log."""
     target = sys.stderr if stream is None else stream
     if target.isatty():
         with tqdm(total=total, desc=label, unit=f" {unit}", file=target) as bar:
             yield _Bar(bar)
     else:
-        yield _Lines(label, total, unit)
+        yield _Lines(label, total, unit, clock)

@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from mixtral_serve.model.progress import progress
+from scheduler.sim import VirtualClock
 
 
 class Terminal(io.StringIO):
@@ -24,12 +25,15 @@ def test_a_terminal_gets_a_bar_and_the_log_nothing(caplog) -> None:
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("total", "num_lines"), [(1, 1), (4, 4), (10, 10), (995, 10)])
-def test_a_log_gets_at_most_ten_lines_and_the_last_says_all(caplog, total, num_lines) -> None:
-    stream = io.StringIO()
-    with caplog.at_level(logging.INFO), progress("loading x", total=total, unit="tensors", stream=stream) as report:
+@pytest.mark.parametrize(("total", "seconds_each", "said"), [(1, 0.0, [1]), (995, 0.0, [995]), (7, 2.0, [3, 6, 7])])
+def test_a_log_gets_a_line_every_five_seconds_and_the_last_says_all(caplog, total, seconds_each, said) -> None:
+    stream, clock = io.StringIO(), VirtualClock()
+    with (
+        caplog.at_level(logging.INFO),
+        progress("loading x", total=total, unit="tensors", stream=stream, clock=clock) as report,
+    ):
         for _ in range(total):
+            clock.advance(seconds_each)
             report.advance(1)
     assert stream.getvalue() == ""
-    assert len(caplog.records) == num_lines
-    assert caplog.records[-1].message == f"loading x: {total} of {total} tensors"
+    assert [record.message for record in caplog.records] == [f"loading x: {n} of {total} tensors" for n in said]
