@@ -26,7 +26,7 @@ ENVIRONMENT_PREFIX: Final = "MIXTRAL_SERVE_"
 
 Count = Annotated[int, Meta(ge=1)]
 CountOrZero = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 PolicyName = Annotated[str, Meta(pattern=f"^({'|'.join(POLICIES)})$")]
 
 
@@ -45,6 +45,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = ()
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 11400
+    insecure_no_auth: Annotated[
+        bool, Meta(description="listen beyond this machine although nobody is asked for a key")
+    ] = False
     weights: Annotated[
         Literal["fp32", "bf16"], Meta(description="how weights and KV cache are held and computed with")
     ] = "fp32"
@@ -69,7 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bool, Meta(description="check every law of the scheduler after every step (slow; for debugging)")
     ] = False
     stall_timeout_s: Annotated[
-        Seconds, Meta(description="after so many seconds without a finished step /readyz says 503")
+        float,
+        Meta(ge=1, le=86_400, description="after so many seconds without a finished step /readyz says 503"),
     ] = 120.0
     unknown_fields: Annotated[
         Literal["error", "warn"], Meta(description="unknown request fields: refuse, or accept with a warning header")

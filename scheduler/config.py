@@ -38,7 +38,7 @@ class SchedulerConfig:
     """After so many preemptions a request resumes only with all the blocks it can ever need pledged to it,
     and is not preempted again."""
     max_overtakes: int = 64
-    """How many later arrivals may start before a waiting request, whatever the policy prefers."""
+    """How many later arrivals may start (or give up) before a waiting request starts, whatever the policy prefers."""
     cache_seed: bytes = b""
     """Mixed into every block hash: random per process, so that hashes cannot be predicted from outside."""
 

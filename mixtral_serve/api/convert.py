@@ -89,9 +89,10 @@ def submits_for(
     if len(prompts) * request.n > MAX_CHOICES:
         message = f"'n' times the number of prompts is at most {MAX_CHOICES}."
         raise InvalidRequest(message, param="n", code="integer_above_max_value")
-    seed = secrets.randbits(64) if request.seed is None else request.seed & _UINT64
     submits: list[Submit] = []
     for prompt in prompts:
+        # A seed of its own for each prompt: equal prompts without a given seed are different draws.
+        seed = secrets.randbits(64) if request.seed is None else request.seed & _UINT64
         max_tokens = _max_tokens(
             request, info, num_prompt_tokens=len(prompt), default=default_max_tokens, param=origin.prompt_param
         )

@@ -56,7 +56,7 @@ class Dependencies:
     chat_template: ChatTemplate | None
     """None for a base model: chat is refused."""
     model_names: tuple[str, ...]
-    """Names the model is served under; the first is the one answers carry."""
+    """Names the model is served under; answers carry the one that was asked for."""
     render_metrics: Callable[[], bytes]
     """The page of ``/metrics``, in Prometheus' text format."""
     version: str

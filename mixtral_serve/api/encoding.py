@@ -11,7 +11,7 @@ import asyncio
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, TypeVar
 
 from mixtral_serve.api.errors import InvalidRequest
 from mixtral_serve.contract import ModelInfo
@@ -20,8 +20,10 @@ from mixtral_serve.text.chat_template import ChatTemplate
 from mixtral_serve.text.conversation import ChatMessage
 from mixtral_serve.text.tokenizer import Tokenizer
 
-_LONG_CHARS: Final = 20_000
-"""Some 10 ms of tokenising: longer texts go to the thread."""
+_LONG_BYTES: Final = 8_192
+"""A few milliseconds of tokenising at the most: longer requests go to the thread."""
+
+T = TypeVar("T")
 
 
 class PromptEncoder:
@@ -44,21 +46,27 @@ class PromptEncoder:
             message = "The model has no chat template: use /v1/completions."
             raise InvalidRequest(message, param="messages", code="unsupported_parameter")
         texts = [message.content for message in messages]
-        return await self._encoded(texts, info, param="messages", encode=lambda: template.encode(messages))
+        self._check_length(texts, info, "messages")
+        return await self._encoded(texts, lambda: template.encode(messages))
 
-    async def text(self, text: str, info: ModelInfo) -> array[int]:
-        """Ids of a completion's prompt, with the beginning-of-sequence token.
+    async def texts(self, texts: Sequence[str], info: ModelInfo) -> list[array[int]]:
+        """Ids of a completion's prompts, each with the beginning-of-sequence token.
 
         Raises:
-            InvalidRequest: it cannot fit.
+            InvalidRequest: one of them cannot fit.
         """
-        return await self._encoded(
-            [text], info, param="prompt", encode=lambda: self._tokenizer.encode(text, add_bos=True)
-        )
+        for text in texts:
+            self._check_length([text], info, "prompt")
+        return await self._encoded(texts, lambda: [self._tokenizer.encode(text, add_bos=True) for text in texts])
 
-    async def _encoded(
-        self, texts: Sequence[str], info: ModelInfo, *, param: str, encode: Callable[[], array[int]]
-    ) -> array[int]:
+    async def _encoded(self, texts: Sequence[str], encode: Callable[[], T]) -> T:
+        """``encode()``, in the side thread if all ``texts`` together are long."""
+        if sum(len(text.encode()) for text in texts) <= _LONG_BYTES:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, encode)
+
+    def _check_length(self, texts: Sequence[str], info: ModelInfo, param: str) -> None:
+        """Refuse what is too long however well it is encoded."""
         least = sum(map(self._tokenizer.min_num_tokens, texts))
         limit = limit_for(info)
         if least > limit:
@@ -67,6 +75,3 @@ class PromptEncoder:
                 f"However, '{param}' has at least {least} tokens."
             )
             raise InvalidRequest(message, param=param, code="context_length_exceeded")
-        if sum(map(len, texts)) <= _LONG_CHARS:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, encode)

@@ -66,12 +66,12 @@ def bind(settings: ServerSettings) -> socket.socket:
     Raises:
         OSError: the address is taken, or not ours.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # inherited by connections
-        listener.bind((settings.host, settings.port))
+        listener.bind(address)
     except BaseException:
         listener.close()
         raise

@@ -18,6 +18,7 @@ from typing import Final, Literal
 from mixtral_serve import __version__
 from mixtral_serve.compose.plan import ServingPlan, plan_serving, scheduler_config
 from mixtral_serve.engine.errors import EXIT_CONFIG
+from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.settings import Settings
 from mixtral_serve.text.chat_template import load_chat_template
@@ -69,6 +70,7 @@ def examine(settings: Settings, *, meminfo: Path = Path("/proc/meminfo")) -> Rep
     else:
         findings += [
             Finding("ok", "model", f"{plan.model_names[0]}: {plan.shape.num_parameters:,} parameters"),
+            _checked("weights", lambda: _weights(plan)),
             _checked("tokenizer", lambda: _tokenizer(plan)),
             Finding("ok", "memory plan", plan.memory.table().strip()),
             _checked("schedule", lambda: _schedule(settings, plan)),
@@ -99,6 +101,13 @@ def _plan(settings: Settings) -> ServingPlan | Finding:
         return Finding("failure", "model", f"{settings.model}: {error}")
     except PlanError as error:
         return Finding("failure", "memory plan", str(error))
+    except ConfigError as error:
+        return Finding("failure", "settings", str(error))
+
+
+def _weights(plan: ServingPlan) -> str:
+    checkpoint = open_checkpoint(plan.checkpoint)
+    return f"{checkpoint.num_tensors:,} tensors in {len(checkpoint.shards):,} files, all there and of the right shape"
 
 
 def _tokenizer(plan: ServingPlan) -> str:
@@ -119,7 +128,7 @@ def _schedule(settings: Settings, plan: ServingPlan) -> str:
 def _checked(subject: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding("ok", subject, look())
-    except (TextError, ConfigError) as error:
+    except (CheckpointError, TextError, ConfigError) as error:
         return Finding("failure", subject, str(error))
 
 

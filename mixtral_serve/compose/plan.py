@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ from mixtral_serve.model.shape import BYTES_PER_ELEMENT, ModelShape
 from mixtral_serve.settings import Settings
 from scheduler.accountant import KVLayout, MemoryPlan, plan_memory, request_bytes
 from scheduler.config import SchedulerConfig
+from scheduler.errors import ConfigError
 
 ENGINE_PROCESS_BYTES: Final = 700_000_000
 """Interpreter, PyTorch, Transformers and their allocators, measured at 450 to 600 MB."""
@@ -51,9 +53,12 @@ def plan_serving(settings: Settings) -> ServingPlan:
         PlanError: it does not fit under the cap; the message is a table.
         ConfigError: a setting contradicts the model; the message names it.
     """
+    _refuse_open_door(settings)
     checkpoint = checkpoint_path() if settings.model == "demo" else Path(settings.model)
     shape = read_shape(checkpoint)
-    max_model_len = min(settings.max_model_len or shape.max_model_len, shape.max_model_len)
+    max_model_len = settings.max_model_len or shape.max_model_len
+    if max_model_len > shape.max_model_len:
+        raise ConfigError("max_model_len", f"the model was made for {shape.max_model_len}, got {max_model_len}")
     worst_request = request_bytes(max_model_len, max_model_len, settings.block_size)
     num_live = settings.max_num_seqs + settings.max_num_queued_reqs
     requests_budget_bytes = min(MOST_REQUESTS_BYTES, num_live * worst_request)
@@ -113,6 +118,16 @@ def scheduler_config(settings: Settings, plan: ServingPlan) -> SchedulerConfig:
         enable_prefix_caching=settings.enable_prefix_caching,
         cache_seed=secrets.token_bytes(16),
     )
+
+
+def _refuse_open_door(settings: Settings) -> None:
+    """Without keys the server answers everybody who reaches it; beyond loopback that must be asked for."""
+    try:
+        is_loopback = ip_address(settings.host).is_loopback
+    except ValueError:
+        is_loopback = settings.host == "localhost"
+    if not is_loopback and not settings.insecure_no_auth:
+        raise ConfigError("host", f"{settings.host} can be reached from other machines; that takes insecure_no_auth")
 
 
 def _name_of(settings: Settings, checkpoint: Path) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import sys
-from typing import Final
+from typing import Final, NamedTuple
 
 from mixtral_serve import __version__
 from mixtral_serve.api.app import create_app
@@ -18,17 +18,19 @@ from mixtral_serve.api.deps import ApiSettings, Dependencies
 from mixtral_serve.api.server import ServerSettings, bind, serve
 from mixtral_serve.compose.plan import ServingPlan, plan_serving, scheduler_config
 from mixtral_serve.contract import ModelInfo
+from mixtral_serve.engine.admission import limit_for
 from mixtral_serve.engine.client import EngineClient
 from mixtral_serve.engine.errors import EXIT_CONFIG
 from mixtral_serve.engine.launch import EngineLaunch
 from mixtral_serve.engine.watchdog import Watchdog
+from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.observe.logs import RequestLog, configure_logging
 from mixtral_serve.observe.metrics import EngineMetrics
 from mixtral_serve.settings import Settings, to_json
-from mixtral_serve.text.chat_template import load_chat_template
+from mixtral_serve.text.chat_template import ChatTemplate, load_chat_template
 from mixtral_serve.text.errors import TextError
-from mixtral_serve.text.tokenizer import load_tokenizer
+from mixtral_serve.text.tokenizer import Tokenizer, load_tokenizer
 from scheduler.errors import ConfigError, PlanError
 
 _log = logging.getLogger(__name__)
@@ -51,26 +53,37 @@ def run_server(settings: Settings) -> int:
     try:
         plan = plan_serving(settings)
         scheduler_config(settings, plan)
-        metrics = EngineMetrics(plan.model_names[0])
-        listening = ServerSettings(settings.host, settings.port, drain_s=settings.shutdown_timeout_s)
-        listener = bind(listening)
-        return asyncio.run(_serve(settings, plan, metrics, listening, listener))
+        open_checkpoint(plan.checkpoint)
+        tokenizer = load_tokenizer(plan.checkpoint)
+        chat_template = load_chat_template(plan.checkpoint, tokenizer)
     except (CheckpointError, TextError) as error:
         return _refuse(f"{settings.model}: {error}", EXIT_CONFIG)
     except (ConfigError, PlanError) as error:
         return _refuse(str(error), EXIT_CONFIG)
+    listening = ServerSettings(settings.host, settings.port, drain_s=settings.shutdown_timeout_s)
+    try:
+        listener = bind(listening)
     except OSError as error:
         return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", EXIT_ADDRESS)
+    return asyncio.run(_serve(settings, plan, tokenizer, chat_template, _Port(listening, listener)))
+
+
+class _Port(NamedTuple):
+    """Where the server listens: the socket is open already."""
+
+    settings: ServerSettings
+    listener: socket.socket
 
 
 async def _serve(
     settings: Settings,
     plan: ServingPlan,
-    metrics: EngineMetrics,
-    listening: ServerSettings,
-    listener: socket.socket,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    where: _Port,
 ) -> int:
     _log.info("memory plan for %s\n%s", plan.model_names[0], plan.memory.table())
+    metrics = EngineMetrics(plan.model_names[0])
     engine = EngineClient(
         engine_launch(settings),
         max_waiting=settings.max_num_queued_reqs,
@@ -81,11 +94,10 @@ async def _serve(
             hopeless_after_s=HOPELESS_FACTOR * settings.stall_timeout_s,
         ),
     )
-    tokenizer = load_tokenizer(plan.checkpoint)
     dependencies = Dependencies(
         engine=engine,
         tokenizer=tokenizer,
-        chat_template=load_chat_template(plan.checkpoint, tokenizer),
+        chat_template=chat_template,
         model_names=plan.model_names,
         render_metrics=metrics.render,
         version=__version__,
@@ -93,13 +105,13 @@ async def _serve(
             max_n=settings.max_n, max_body_bytes=settings.max_body_bytes, unknown_fields=settings.unknown_fields
         ),
     )
-    host, port = listener.getsockname()[:2]
+    host, port = where.listener.getsockname()[:2]
 
     def welcome(info: ModelInfo) -> None:
         sys.stdout.write(greeting(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", plan, info))
         sys.stdout.flush()
 
-    return await serve(create_app(dependencies), engine, listening, listener=listener, on_ready=welcome)
+    return await serve(create_app(dependencies), engine, where.settings, listener=where.listener, on_ready=welcome)
 
 
 def engine_launch(settings: Settings) -> EngineLaunch:
@@ -114,7 +126,7 @@ def greeting(url: str, plan: ServingPlan, info: ModelInfo) -> str:
     question = "What is the capital of France?"
     body = f'{{"model": "{plan.model_names[0]}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
     return (
-        f"\n  {info.name} is ready on {url}   (context {plan.max_model_len:,} tokens, "
+        f"\n  {info.name} is ready on {url}   (context {limit_for(info):,} tokens, "
         f"KV cache {plan.memory.num_kv_tokens:,} tokens)\n\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d \\\n    '{body}'\n\n"
     )

@@ -145,7 +145,7 @@ def _shard_files(path: Path) -> Iterator[tuple[str, frozenset[str] | None]]:
 def _header(path: Path, file: str) -> list[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of each tensor; opening checks that header and data cover the file exactly."""
     try:
-        with safe_open(path / file, framework="pt") as tensors:
+        with safe_open(path / file, framework="np") as tensors:
             header = []
             for name in tensors.offset_keys():
                 entry = tensors.get_slice(name)

@@ -2,7 +2,7 @@
 
 Owns: the arithmetic (pure: affinity and cgroup files are arguments) and the one call that applies it.
 
-Why clip: more threads than CPUs do not merely idle. OpenMP's barriers spin, so a product that waits for a thread
+Why clip: more threads than CPUs do not merely idle. Each product ends with a barrier, and one that waits for a thread
 that is not scheduled takes many times longer than it would with fewer threads; a CPU quota that runs out in the
 middle of a step freezes the whole process for the rest of the period.
 

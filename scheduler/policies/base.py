@@ -1,4 +1,4 @@
-"""The ``Policy`` protocol: four narrow questions that decide who goes first. Mechanism stays in ``Scheduler``.
+"""The ``Policy`` protocol: a few narrow questions that decide who goes first. Mechanism stays in ``Scheduler``.
 
 A policy orders the waiting requests, picks victims and may shrink a request's share of a step. It cannot
 break safety: whatever it answers, budgets hold, nothing leaks, no one is preempted for ever, and no waiting request

@@ -42,6 +42,11 @@ def test_a_text_prompt_gets_a_beginning_and_ids_are_taken_as_they_are(api: Any) 
     assert api.engine.last.max_tokens == 16
 
 
+def test_a_given_seed_holds_for_every_prompt(api: Any) -> None:
+    api.complete(prompt=["a", "b"], seed=9)
+    assert [(submit.sampling.seed, submit.sampling.choice) for submit in api.engine.submits] == [(9, 0), (9, 0)]
+
+
 def test_the_default_of_16_tokens_is_cut_to_the_context(api: Any) -> None:
     api.complete(prompt=[5] * 505)
     assert api.engine.last.max_tokens == 7
@@ -54,6 +59,7 @@ def test_many_prompts_times_n_choices_are_numbered_in_order(api: Any, prompt: li
     first, second, third, _ = api.engine.submits
     assert first.prompt == second.prompt != third.prompt
     assert [submit.sampling.choice for submit in api.engine.submits] == [0, 1, 0, 1]
+    assert first.sampling.seed != third.sampling.seed, "equal prompts without a seed must not give equal answers"
     prompts = [prompt_ids(first), prompt_ids(third)]
     assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from mixtral_serve import __version__
 from mixtral_serve.cli import main
+from mixtral_serve.demo import checkpoint_path
 
 
 def test_version_names_the_program(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +52,9 @@ def test_a_bad_setting_is_one_line_on_standard_error_and_exit_code_2(capsys: pyt
         (["--model", "no/such/directory"], "no/such/directory"),
         (["--memory-cap-bytes", "1000000"], "does not fit under the cap"),
         (["--max-num-seqs", "600"], "max_num_batched_tokens"),
+        (["--max-model-len", "100000"], "max_model_len"),
+        (["--host", "0.0.0.0"], "insecure_no_auth"),
+        (["--host", "somewhere.example"], "insecure_no_auth"),
     ],
 )
 def test_what_cannot_be_served_exits_with_78_and_says_why(
@@ -60,6 +65,20 @@ def test_what_cannot_be_served_exits_with_78_and_says_why(
     assert said in captured.err
     assert captured.out == ""
     assert "Traceback" not in captured.err
+
+
+def test_a_checkpoint_without_its_weights_is_found_by_doctor_and_serve_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint_path(), broken)
+    (broken / "model.safetensors").unlink()
+    assert main(["doctor", "--port", "0", "--model", str(broken)]) == 78
+    assert "model.safetensors" in capsys.readouterr().out
+    assert main(["serve", "--port", "0", "--model", str(broken)]) == 78
+    said = capsys.readouterr().err
+    assert "model.safetensors" in said
+    assert said.count("\n") == 1
 
 
 def test_an_address_that_is_taken_exits_with_1_and_names_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +103,9 @@ def test_the_doctor_finds_the_demo_model_servable(capsys: pytest.CaptureFixture[
         (["--model", "no/such/directory"], "no/such/directory"),
         (["--memory-cap-bytes", "1000000"], "MISSING"),
         (["--max-num-seqs", "600"], "max_num_batched_tokens"),
-        (["--host", "192.0.2.1"], "192.0.2.1"),
+        (["--max-model-len", "100000"], "max_model_len"),
+        (["--host", "192.0.2.1"], "insecure_no_auth"),
+        (["--host", "192.0.2.1", "--insecure-no-auth"], "192.0.2.1"),
     ],
 )
 def test_the_doctor_names_what_would_fail_and_exits_with_78(

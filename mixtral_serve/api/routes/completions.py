@@ -24,9 +24,9 @@ def completion_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         order = await intake.read(request, id_prefix="cmpl", prompt_param="prompt")
         asked = order.request
-        prompts = tuple(
-            [await encoder.text(prompt, order.info) if isinstance(prompt, str) else prompt for prompt in asked.prompt]
-        )
+        texts = [prompt for prompt in asked.prompt if isinstance(prompt, str)]
+        encoded = iter(await encoder.texts(texts, order.info))
+        prompts = tuple([next(encoded) if isinstance(prompt, str) else prompt for prompt in asked.prompt])
         submits = submits_for(
             asked,
             prompts,
