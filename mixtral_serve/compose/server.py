@@ -124,7 +124,8 @@ def engine_launch(settings: Settings) -> EngineLaunch:
 def greeting(url: str, plan: ServingPlan, info: ModelInfo) -> str:
     """What a person sees when the server is ready: the address, and a command that works."""
     question = "What is the capital of France?"
-    body = f'{{"model": "{plan.model_names[0]}", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    messages = f'[{{"role": "user", "content": "{question}"}}]'
+    body = f'{{"model": "{plan.model_names[0]}", "temperature": 0, "messages": {messages}}}'
     return (
         f"\n  {info.name} is ready on {url}   (context {limit_for(info):,} tokens, "
         f"KV cache {plan.memory.num_kv_tokens:,} tokens)\n\n"
