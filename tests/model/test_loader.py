@@ -114,8 +114,7 @@ def test_loading_logs_its_progress_and_its_end(tiny_checkpoint, caplog) -> None:
     with caplog.at_level(logging.INFO, logger="mixtral_serve.model"):
         load_model(open_checkpoint(tiny_checkpoint), "fp32")
     lines = [record.message for record in caplog.records]
-    assert len(lines) == 11
-    assert lines[-2].endswith("tensors")
+    assert lines[-2] == "loading tiny: 41 of 41 tensors"
     assert lines[-1].startswith("loaded tiny as fp32 in ")
 
 

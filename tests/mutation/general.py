@@ -24,12 +24,12 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=100, metavar="N", help="how many mutations to try")
     parser.add_argument("--all", action="store_true", help="try every one; takes long")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--path", default="", help="only in files whose path contains this")
+    parser.add_argument("--only", default="", metavar="WORDS", help="only mutations whose name contains this")
     options = parser.parse_args()
     explained = known_survivors()
     num_killed, unexplained = 0, []
     with Workshop() as workshop:
-        everything = [site for site in sites(workshop.library) if options.path in site.path]
+        everything = [site for site in sites(workshop.library) if options.only in site.name]
         chosen = everything if options.all else sample_sites(everything, options.sample, options.seed)
         workshop.judge_unchanged()
         mutants = [(site.name, partial(apply_site, site)) for site in chosen]

@@ -261,6 +261,18 @@ PREFIXES = [
         "",
     ),
     Mutation(
+        "publishing a block wakes nobody",
+        "scheduler.py",
+        "                    self._room.hand_back(self._in_flight.published(state.id, published))\n",
+        "                    pass\n",
+    ),
+    Mutation(
+        "evictions are not reported",
+        "scheduler.py",
+        "        draft.events.extend(map(BlockEvicted, self._kv.take_evicted()))\n",
+        "",
+    ),
+    Mutation(
         "who is cancelled while set aside is not withdrawn",
         "waiting_room.py",
         "            self._in_flight.withdraw(state.id)\n",

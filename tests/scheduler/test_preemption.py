@@ -134,6 +134,15 @@ def test_i22_pledges_may_fill_the_pool_exactly_and_owe_nothing_besides(new_world
     world.settle()
 
 
+def test_i22_a_pledge_covers_the_rest_of_a_prompt_and_is_not_counted_twice(new_world: NewWorld) -> None:
+    world = new_world(num_blocks=9, block_size=1, max_num_seqs=2, max_preemptions=0, max_prefill_chunk=2)
+    world.add(make_request("long", [1] * 4, max_tokens=1))
+    world.add(make_request("short", [2] * 2, max_tokens=1))
+    world.step()
+    assert of_type(world, Admitted) == ["long", "short"], "five blocks and three are the whole pool"
+    world.settle()
+
+
 def test_a_resume_leaves_the_first_hit_as_it_was(new_world: NewWorld) -> None:
     world = crowded(new_world)
     world.settle()

@@ -59,6 +59,19 @@ def test_i12_tenants_share_nothing(new_world: NewWorld) -> None:
     assert settle_and_count(world) == 60
 
 
+def test_waiters_go_on_as_soon_as_the_block_they_share_is_published(new_world: NewWorld) -> None:
+    world = new_world(max_prefill_chunk=8)
+    world.add(make_request("leader", [1] * 24 + [2] * 17, max_tokens=50))
+    world.add(make_request("waiter", [1] * 24 + [3] * 2, max_tokens=1))
+    for _ in range(3):
+        assert "waiter" in world.live
+        world.step()
+    assert world.scheduler.stats().num_set_aside == 0, "24 tokens of the leader's prompt are computed"
+    world.step()
+    assert world.live == ["leader"]
+    world.settle()
+
+
 def test_waiters_go_on_when_their_leader_is_cancelled(new_world: NewWorld) -> None:
     world = new_world(max_num_batched_tokens=20, max_prefill_chunk=8)
     world.add(make_request("leader", [1] * 30))

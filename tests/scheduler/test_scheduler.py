@@ -9,6 +9,8 @@ import pytest
 from scheduler import (
     AdmissionError,
     Admitted,
+    BlockEvicted,
+    BlockId,
     DuplicateRequestError,
     Event,
     FCFSPolicy,
@@ -205,6 +207,29 @@ def test_decodes_come_before_prompts_so_that_no_stream_stalls(new_world: NewWorl
         assert plan["late"][1] == 1
 
 
+def test_a_prompt_that_lacks_two_tokens_does_not_go_before_a_decode(new_world: NewWorld) -> None:
+    class Greedy(FCFSPolicy):
+        def grant(self, request: RequestView, budget: int) -> int:
+            return 1 if request.num_computed_tokens == 0 else budget
+
+    driven = Driven(new_world(Greedy(), max_num_seqs=2, max_num_batched_tokens=2))
+    driven.scheduler.add(make_request("prompt", [1] * 3), 0.0)
+    driven.scheduler.add(make_request("decode", [2]), 0.0)
+    driven.step()
+    assert shares(driven.step()) == {"decode": (1, 1), "prompt": (1, 1)}
+
+
+def test_i13_a_cached_block_that_is_used_for_something_else_is_reported(new_world: NewWorld) -> None:
+    world = new_world(num_blocks=4, max_num_seqs=1)
+    world.add(make_request("first", [1] * 9, max_tokens=1))
+    while world.scheduler.has_work:
+        world.step()
+    world.add(make_request("second", [2] * 8, max_tokens=1))
+    evicted = [event for event in world.step() if isinstance(event, BlockEvicted)]
+    assert evicted == [BlockEvicted(BlockId(2))], "the tail of the first prompt; its head is still findable"
+    world.settle()
+
+
 def test_i16_no_more_requests_run_than_there_are_seats(new_world: NewWorld) -> None:
     driven = Driven(new_world(max_num_seqs=2))
     for name in ("a", "b", "c"):
@@ -321,6 +346,22 @@ def test_a_request_ends_at_its_deadline_and_not_before(new_world: NewWorld, late
     assert ended["running"] is FinishReason.DEADLINE  # type: ignore[index]
     assert ("waiting" in ended) is (late_by == 1.0)
     world.settle()
+
+
+def test_deadlines_strike_in_order_even_after_most_requests_ended_early(new_world: NewWorld) -> None:
+    world = new_world(max_num_seqs=1, max_waiting=1000)
+    deadlines = {f"r{index}": float((index * 37) % 211) for index in range(200)}
+    for name, deadline_s in deadlines.items():
+        world.scheduler.add(make_request(name, [1], max_tokens=90, deadline_s=1000 + deadline_s), 0.0)
+    staying = set(list(deadlines)[::5])
+    for name in deadlines.keys() - staying:
+        world.scheduler.finish(RequestId(name), FinishReason.CANCELLED)
+    for name in sorted(staying, key=deadlines.__getitem__):
+        before = world.scheduler.step(1000 + deadlines[name] - 0.5)
+        world.scheduler.commit(world.runner.run(before), 0.0)
+        at = world.scheduler.step(1000 + deadlines[name])
+        assert [event.request_id for event in at.events if isinstance(event, Finished)] == [name]
+        world.scheduler.commit(world.runner.run(at), 0.0)
 
 
 def test_a_request_that_ended_in_time_does_not_end_again_at_its_deadline(new_world: NewWorld) -> None:
