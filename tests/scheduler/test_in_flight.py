@@ -51,6 +51,9 @@ def test_publishing_a_block_wakes_exactly_those_who_wait_for_it() -> None:
     assert (len(prefixes), one.id in prefixes) == (1, False)
     assert prefixes.leader_of(b"1") is None
     assert prefixes.published(A, [b"2"]) == [two]
+    assert prefixes.leads_any, "until it ends or is preempted"
+    prefixes.dissolve(A)
+    assert not prefixes.leads_any
 
 
 def test_only_the_leader_wakes_the_waiters() -> None:
