@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mixtral_serve.model.likeliest import top
 from scheduler.events import TokenLogprob
 
 
@@ -22,9 +23,9 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequ
     most = min(max(num_top, default=0), logits.shape[1])
     if most == 0:
         return tuple(TokenLogprob(*pair) for pair in zip(token_ids, chosen, strict=True))
-    top = torch.topk(logprobs, most, dim=-1)
-    values: list[list[float]] = top.values.tolist()
-    ids: list[list[int]] = top.indices.tolist()
+    largest, columns = top(logprobs, most)
+    values: list[list[float]] = largest.tolist()
+    ids: list[list[int]] = columns.tolist()
     entries = []
     for row, (token_id, logprob) in enumerate(zip(token_ids, chosen, strict=True)):
         pairs = sorted(zip(ids[row], values[row], strict=True), key=lambda pair: (-pair[1], pair[0]))

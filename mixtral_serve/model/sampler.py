@@ -25,6 +25,7 @@ from typing import Final
 import torch
 
 from mixtral_serve.contract import SamplingParams, TokenMask
+from mixtral_serve.model.likeliest import largest, top
 from mixtral_serve.model.logprobs import token_logprobs
 from scheduler.events import TokenLogprob
 
@@ -64,7 +65,7 @@ def finite_rows(logits: torch.Tensor) -> list[bool]:
     """Which rows of ``logits`` [rows, vocab] hold finite numbers only."""
     # A sum is finite only if its terms are, and takes a fifth of the time; the rare sum that is not is looked into.
     finite: list[bool] = torch.isfinite(logits.sum(dim=-1)).tolist()
-    return [ok or bool(torch.isfinite(row).all()) for ok, row in zip(finite, logits, strict=True)]
+    return [ok or bool(torch.isfinite(logits[i]).all()) for i, ok in enumerate(finite)]
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
@@ -79,7 +80,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     live = [i for i, result in enumerate(results) if result is None]
     tokens = dict.fromkeys(live, 0)
     greedy = [i for i in live if rows[i].params.temperature == 0]
-    tokens.update(zip(greedy, _take(allowed, greedy).argmax(dim=-1).tolist() if greedy else (), strict=True))
+    tokens.update(zip(greedy, largest(_take(allowed, greedy)).tolist() if greedy else (), strict=True))
     drawn = [i for i in live if rows[i].params.temperature != 0]
     if drawn:
         tokens.update(zip(drawn, _draw(_take(allowed, drawn), [rows[i] for i in drawn]), strict=True))
@@ -195,18 +196,18 @@ def _draw_filtered(logits: torch.Tensor, params: Sequence[SamplingParams], draws
     vocab = logits.shape[1]
     filters = _Filters.of(params, vocab)
     width = min(vocab, max(_NUM_CANDIDATES, *(p.top_k + 1 for p in params)))
-    top = torch.topk(logits, width, dim=-1)
-    weights = _weights(top.values, params)
+    values, columns = top(logits, width)
+    weights = _weights(values, params)
     total = weights.sum(dim=-1, keepdim=True)
     if width < vocab and any(p.top_p < 1 and not p.top_k for p in params):
         total = _weights(logits, params).sum(dim=-1, keepdim=True)
     num_kept = filters.num_kept(weights, total, vocab)
     # Settled: the cut lies within the candidates, and not between equals (whose order here is arbitrary).
-    at_cut = top.values.gather(1, num_kept.clamp(max=width - 1))
-    before_cut = top.values.gather(1, num_kept.clamp(max=width) - 1)
+    at_cut = values.gather(1, num_kept.clamp(max=width - 1))
+    before_cut = values.gather(1, num_kept.clamp(max=width) - 1)
     settled = (num_kept == vocab) if width == vocab else torch.zeros_like(num_kept, dtype=torch.bool)
     settled |= (num_kept < width) & (at_cut < before_cut)
-    ids, by_id = top.indices.sort(dim=-1)
+    ids, by_id = columns.sort(dim=-1)
     kept = weights.masked_fill_(torch.arange(width) >= num_kept, 0).gather(1, by_id)
     tokens = ids.gather(1, _invert(kept, draws).unsqueeze(1)).squeeze(1)
     rest = (~settled).squeeze(1).nonzero().flatten().tolist()
