@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	--constraint configs/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SERVE_STAMP := $(VENV)/.installed-serve
 DEV_STAMP := $(VENV)/.installed-dev
-INSTALL_INPUTS := pyproject.toml configs/constraints.txt
+INSTALL_INPUTS := pyproject.toml configs/constraints.txt $(wildcard mixtral_serve/kernels/csrc/*)
 
 # As the server sets it for its engine: threads of PyTorch that wait do not spin.
 export OMP_WAIT_POLICY := PASSIVE

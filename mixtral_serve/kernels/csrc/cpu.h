@@ -1,0 +1,14 @@
+// Which instruction set the kernels use. All of them give the same bits; they differ in speed only.
+#pragma once
+
+namespace mixtral {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2 };
+
+// The best one this CPU (and its operating system) has.
+Isa best_isa();
+
+// The one in use: the best one, or a lesser one that was asked for.
+Isa active_isa();
+
+}  // namespace mixtral
