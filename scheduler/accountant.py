@@ -23,6 +23,10 @@ REQUEST_OVERHEAD_BYTES: Final = 8192
 """Python objects of one live request on both sides of the engine: state, view, queue, stream, parameters."""
 QUEUED_TOKEN_BYTES: Final = 512
 """One generated token on its way to a client that does not read: delta, text and log-probability."""
+LOGPROB_BYTES: Final = 256
+"""A prompt token's log-probability: the entry and its place in a list."""
+ALTERNATIVE_BYTES: Final = 144
+"""One alternative in such an entry: a pair, an id and a number, as Python holds them."""
 
 ReservationId = NewType("ReservationId", int)
 
@@ -37,16 +41,20 @@ class KVLayout:
     bytes_per_element: int
     block_size: int
     """Tokens per block."""
+    scale_bytes: int = 0
+    """What a head's keys, and its values, of one token need besides their elements: the scale of quantised ones."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "bytes_per_element", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
+        if self.scale_bytes < 0:
+            raise ConfigError("scale_bytes", f"must not be negative, got {self.scale_bytes}")
 
     @property
     def bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_element
+        """Keys and values of one token in all layers, with their scales."""
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * self.bytes_per_element + self.scale_bytes)
 
     @property
     def bytes_per_block(self) -> int:
@@ -62,6 +70,8 @@ class MemoryPlan:
     """Everything but KV, by name, in bytes."""
     num_blocks: int
     layout: KVLayout
+    cap_name: str = "cap"
+    """What sets the cap."""
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -77,18 +87,28 @@ class MemoryPlan:
         """Tokens that the usable blocks hold."""
         return (self.num_blocks - 1) * self.layout.block_size
 
+    def num_requests_of(self, num_tokens: int) -> int:
+        """How many requests of ``num_tokens`` tokens (prompt and output) the KV cache holds at once."""
+        return (self.num_blocks - 1) // -(-num_tokens // self.layout.block_size)
+
     def table(self) -> str:
         """For people: one row per demand, the KV cache, the sum and the cap."""
         kv_name = f"KV cache ({self.num_blocks:,} blocks, {self.num_kv_tokens:,} tokens)"
-        return _table([*self.demands.items(), (kv_name, self.kv_cache_bytes)], self.cap_bytes)
+        return _table([*self.demands.items(), (kv_name, self.kv_cache_bytes)], self.cap_bytes, self.cap_name)
 
 
 def plan_memory(
-    cap_bytes: int, layout: KVLayout, demands: Mapping[str, int], *, min_tokens: int, max_tokens: int | None = None
+    cap_bytes: int,
+    layout: KVLayout,
+    demands: Mapping[str, int],
+    *,
+    min_tokens: int,
+    max_tokens: int | None = None,
+    cap_name: str = "cap",
 ) -> MemoryPlan:
     """Divide the cap: first the demands, then as many KV blocks as fit (at most for ``max_tokens`` tokens).
 
-    ``min_tokens`` is what one request of full length needs.
+    ``min_tokens`` is the least that the KV cache must hold; ``cap_name`` says in tables what sets the cap.
 
     Raises:
         ConfigError: a demand is negative.
@@ -102,10 +122,10 @@ def plan_memory(
     if num_blocks < num_min_blocks:
         kv_name = f"KV cache (at least {num_min_blocks:,} blocks for {min_tokens:,} tokens)"
         rows = [*demands.items(), (kv_name, num_min_blocks * layout.bytes_per_block)]
-        raise PlanError("the memory plan does not fit under the cap\n" + _table(rows, cap_bytes))
+        raise PlanError(f"the memory plan does not fit under the {cap_name}\n" + _table(rows, cap_bytes, cap_name))
     if max_tokens is not None:
         num_blocks = max(num_min_blocks, min(num_blocks, -(-max_tokens // layout.block_size) + 1))
-    return MemoryPlan(cap_bytes, dict(demands), num_blocks, layout)
+    return MemoryPlan(cap_bytes, dict(demands), num_blocks, layout, cap_name)
 
 
 def request_bytes(num_prompt_tokens: int, max_tokens: int, block_size: int) -> int:
@@ -123,6 +143,15 @@ def request_bytes(num_prompt_tokens: int, max_tokens: int, block_size: int) -> i
         + 160 * num_blocks
         + QUEUED_TOKEN_BYTES * max_tokens
     )
+
+
+def logprob_bytes(num_scored_tokens: int, num_output_tokens: int, num_alternatives: int) -> int:
+    """What log-probabilities add to ``request_bytes``: entries of the prompt, and alternatives everywhere.
+
+    They are held until the client has read them, and a client may read nothing before the end.
+    """
+    alternatives = ALTERNATIVE_BYTES * num_alternatives
+    return num_scored_tokens * (LOGPROB_BYTES + alternatives) + num_output_tokens * alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +184,11 @@ class MemoryAccountant:
     def available_bytes(self) -> int:
         """What can still be reserved."""
         return self._budget_bytes - self._reserved_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is set aside now."""
+        return self._reserved_bytes
 
     def reserve(self, name: str, num_bytes: int) -> ReservationId:
         """Set ``num_bytes`` aside under ``name`` (many reservations may share one).
@@ -193,9 +227,9 @@ class MemoryAccountant:
         return MemoryStats(self._budget_bytes, self._reserved_bytes, len(self._reservations), dict(self._by_name))
 
 
-def _table(rows: Sequence[tuple[str, int]], cap_bytes: int) -> str:
+def _table(rows: Sequence[tuple[str, int]], cap_bytes: int, cap_name: str) -> str:
     total = sum(num_bytes for _, num_bytes in rows)
     verdict = "left under the cap" if total <= cap_bytes else "MISSING"
-    lines = [*rows, ("sum", total), ("cap", cap_bytes), (verdict, abs(cap_bytes - total))]
+    lines = [*rows, ("sum", total), (cap_name, cap_bytes), (verdict, abs(cap_bytes - total))]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"  {name:<{width}}  {num_bytes / 1e9:>9.3f} GB" for name, num_bytes in lines)

@@ -122,6 +122,11 @@ class PrefixCache:
             self._pool.discard(entry.block_id)
         return dropped
 
+    def drop_unheld(self) -> int:
+        """Forget every block that no table holds; returns how many. What held blocks follow is held too, and stays."""
+        unheld = [block_id for block_id in self._by_block if self._pool.ref_count(block_id) == 0]
+        return sum(len(self.forget(block_id)) for block_id in unheld)
+
     def reset(self) -> bool:
         """Forget everything, if no block is in use; False and no change otherwise."""
         if self._pool.num_used:

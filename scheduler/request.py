@@ -80,6 +80,8 @@ class Request:
     """Monotonic time after which the request ends with DEADLINE, wherever it is."""
     prompt_logprobs: bool = False
     """Log-probabilities of the prompt's tokens are wanted (implied by SCORE)."""
+    extra_bytes: int = 0
+    """What its structures may need beyond ``accountant.request_bytes``: alternatives of log-probabilities, say."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -98,6 +100,8 @@ class Request:
             raise InvalidRequestError("arrival_s", "must be a number")
         if self.deadline_s is not None and isnan(self.deadline_s):
             raise InvalidRequestError("deadline_s", "must be a number")
+        if self.extra_bytes < 0:
+            raise InvalidRequestError("extra_bytes", f"must not be negative, got {self.extra_bytes}")
 
     @property
     def scores_prompt(self) -> bool:

@@ -110,7 +110,7 @@ class Scheduler:
         state = RequestState(request, self._next_serial)
         if self._accountant is not None:
             size = request_bytes(len(request.prompt), request.stop.max_tokens, self.config.block_size)
-            state.reservation = self._accountant.reserve("requests", size)
+            state.reservation = self._accountant.reserve("requests", size + request.extra_bytes)
         self._next_serial += 1
         self._states[request.id] = state
         self._room.enter(state)
@@ -182,7 +182,12 @@ class Scheduler:
             num_pledged_blocks=self._kv.pool.num_free - self._kv.num_available,
             num_cached_blocks=len(self._kv.cache),
             num_steps=self._num_steps,
+            num_reserved_bytes=0 if self._accountant is None else self._accountant.reserved_bytes,
         )
+
+    def drop_unheld_prefixes(self) -> int:
+        """Forget the cached blocks that no request holds. Returns how many there were."""
+        return self._kv.cache.drop_unheld()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, if no request holds a block; False and no change otherwise."""

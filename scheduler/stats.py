@@ -23,3 +23,5 @@ class SchedulerStats:
     """Blocks in the prefix cache, held or not."""
     num_steps: int
     """Steps committed."""
+    num_reserved_bytes: int = 0
+    """What the accountant has set aside for the structures of live requests."""

@@ -145,6 +145,14 @@ class World:
         invariants.check(self.scheduler)
         return done
 
+    def drop_unheld_prefixes(self) -> int:
+        """Forget what nobody holds: what stays cached is held."""
+        dropped = self.scheduler.drop_unheld_prefixes()
+        stats = self.scheduler.stats()
+        _require("I15", stats.num_cached_blocks <= stats.num_used_blocks, "an unheld block stayed in the cache")
+        invariants.check(self.scheduler)
+        return dropped
+
     def settle(self) -> None:
         """Step without faults until nobody lives: everyone ends in bounded time (I21), nothing is left (I29, I32)."""
         bound = self.steps_to_settle()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.accountant import (
+    ALTERNATIVE_BYTES,
     DEFAULT_CAP_BYTES,
+    LOGPROB_BYTES,
     QUEUED_TOKEN_BYTES,
     REQUEST_OVERHEAD_BYTES,
     KVLayout,
     MemoryAccountant,
+    logprob_bytes,
     plan_memory,
     request_bytes,
 )
@@ -33,6 +38,13 @@ def test_a_layout_names_the_field_that_is_too_small(field: str) -> None:
     assert KVLayout(**fields).bytes_per_block == 2
     with pytest.raises(ConfigError, match=f"{field}: must be at least 1, got 0"):
         KVLayout(**{**fields, field: 0})
+
+
+def test_a_quantised_cache_pays_for_one_scale_per_token_and_head() -> None:
+    int8 = KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, bytes_per_element=1, block_size=16, scale_bytes=4)
+    assert int8.bytes_per_token == 2 * 32 * 8 * (128 + 4)
+    with pytest.raises(ConfigError, match="scale_bytes: must not be negative, got -1"):
+        KVLayout(1, 1, 1, 1, 1, scale_bytes=-1)
 
 
 def test_the_rest_of_the_cap_becomes_blocks() -> None:
@@ -70,6 +82,14 @@ def test_a_plan_that_is_one_byte_short_is_refused_with_a_table() -> None:
         "cap",
         "MISSING",
     ]
+
+
+def test_a_plan_says_what_sets_its_cap_and_how_many_requests_it_holds() -> None:
+    plan = plan_memory(100, TINY, {"weights": 51}, min_tokens=4, cap_name="limit of somebody")
+    assert "  limit of somebody  " in plan.table()
+    assert [plan.num_requests_of(num_tokens) for num_tokens in (1, 4, 5, 20, 21)] == [5, 5, 2, 1, 0]
+    with pytest.raises(PlanError, match="does not fit under the limit of somebody"):
+        plan_memory(50, TINY, {"weights": 51}, min_tokens=4, cap_name="limit of somebody")
 
 
 def test_demands_beyond_the_cap_leave_no_blocks() -> None:
@@ -130,6 +150,20 @@ def test_a_request_is_charged_for_its_prompt_its_blocks_and_its_undelivered_outp
     assert request_bytes(4, 4, 4) == fixed + 8 * 4 + 4 * 8 + 320 + 4 * QUEUED_TOKEN_BYTES
 
 
+def test_log_probabilities_are_charged_for_their_alternatives() -> None:
+    assert logprob_bytes(0, 0, 20) == 0
+    assert logprob_bytes(3, 0, 0) == 3 * LOGPROB_BYTES
+    assert logprob_bytes(3, 5, 2) == 3 * LOGPROB_BYTES + 8 * 2 * ALTERNATIVE_BYTES
+    entry = (7, -0.5, tuple((1000 + i, -1.5 - i) for i in range(20)))
+    assert deep_size(entry) + 8 <= logprob_bytes(1, 0, 20)
+
+
+def deep_size(value: object) -> int:
+    """Bytes of a value and all that it holds."""
+    inner = sum(deep_size(item) for item in value) if isinstance(value, tuple) else 0
+    return sys.getsizeof(value) + inner
+
+
 def test_i31_the_budget_can_be_used_up_but_not_exceeded() -> None:
     accountant = MemoryAccountant(10)
     accountant.reserve("a", 6)
@@ -147,6 +181,7 @@ def test_i32_a_reservation_is_given_back_exactly_once() -> None:
     first = accountant.reserve("a", 3)
     second = accountant.reserve("a", 4)
     assert accountant.stats().by_name == {"a": 7}
+    assert accountant.reserved_bytes == 7
     accountant.release(first)
     with pytest.raises(AccountingError, match="is not held"):
         accountant.release(first)

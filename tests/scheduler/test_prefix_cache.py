@@ -137,6 +137,17 @@ def test_forgotten_free_blocks_are_reused_first() -> None:
     assert set(world.pool.free_blocks()[:2]) == {2, 3}
 
 
+def test_dropping_the_unheld_leaves_what_is_held_and_what_it_follows() -> None:
+    world = Cached()
+    for block_id in (1, 2):
+        world.pool.retain(BlockId(block_id))
+    assert world.cache.drop_unheld() == 1
+    assert world.match() == [1, 2]
+    world.pool.release(BlockId(2), reuse_soon=False)
+    world.pool.release(BlockId(1), reuse_soon=False)
+    assert (world.cache.drop_unheld(), len(world.cache), world.cache.drop_unheld()) == (2, 0, 0)
+
+
 def test_i15_reset_succeeds_only_when_no_block_is_in_use() -> None:
     world = Cached()
     world.pool.retain(BlockId(5))

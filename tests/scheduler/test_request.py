@@ -24,6 +24,7 @@ from scheduler.testing import compact, make_request
         ("min_tokens", {"min_tokens": -1}),
         ("deadline_s", {"deadline_s": float("nan")}),
         ("arrival_s", {"arrival_s": float("nan")}),
+        ("extra_bytes", {"extra_bytes": -1}),
     ],
 )
 def test_nonsense_is_refused_by_the_name_of_its_field(field: str, changes: dict[str, object]) -> None:

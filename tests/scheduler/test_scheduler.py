@@ -103,9 +103,21 @@ def test_i31_a_request_whose_structures_have_no_room_is_refused_and_what_ends_ma
     assert world.add(make_request("c", [1]))
 
 
+def test_i31_what_a_request_needs_besides_is_charged_to_it(new_world: NewWorld) -> None:
+    size = request_bytes(1, 4, 4)
+    world = new_world(budget_bytes=2 * size)
+    with pytest.raises(MemoryFullError):
+        world.scheduler.add(make_request("a", [1], extra_bytes=size + 1), 0.0)
+    world.add(make_request("a", [1], extra_bytes=size))
+    assert world.scheduler.stats().num_reserved_bytes == 2 * size
+    world.finish(RequestId("a"))
+    assert world.scheduler.stats().num_reserved_bytes == 0
+
+
 def test_without_an_accountant_only_counts_bound_the_requests() -> None:
     scheduler = Scheduler(SchedulerConfig(num_blocks=4, max_num_seqs=1), FCFSPolicy())
     scheduler.add(make_request("r", [1]), 0.0)
+    assert scheduler.stats().num_reserved_bytes == 0
     assert len(scheduler.finish(RequestId("r"), FinishReason.CANCELLED)) == 1
     assert not scheduler.has_work
 
@@ -410,6 +422,19 @@ def test_i15_the_prefix_cache_is_reset_only_when_nobody_holds_a_block(new_world:
     world.add(make_request("r", [1] * 9))
     world.step()
     assert not world.scheduler.reset_prefix_cache()
+    assert world.scheduler.stats().num_cached_blocks == 2
+    world.settle()
+
+
+def test_prefixes_that_nobody_holds_can_be_dropped_at_any_time(new_world: NewWorld) -> None:
+    world = new_world()
+    world.add(make_request("gone", [1] * 9))
+    world.step()
+    world.finish(RequestId("gone"))
+    world.add(make_request("here", [2] * 9))
+    world.step()
+    assert world.scheduler.stats().num_cached_blocks == 4
+    assert world.drop_unheld_prefixes() == 2
     assert world.scheduler.stats().num_cached_blocks == 2
     world.settle()
 
