@@ -38,6 +38,10 @@ _DIVISORS: Final = (-8.0, -7.5, -7.0, -8.5, 7.5)
 """Of a group's largest value: the int4 scales that are tried. The first wins among equals."""
 
 
+class NotFiniteError(ValueError):
+    """A matrix cannot be quantised: it holds an infinity or a NaN."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """One quantised matrix, or several of one shape along a leading dimension."""
@@ -89,7 +93,7 @@ def quantize(weight: torch.Tensor, kind: Kind) -> PackedMatrix:
     This is the definition; ``quantizer.quantize_matrix`` gives the same bits, faster where it can.
 
     Raises:
-        ValueError: a value is not finite.
+        NotFiniteError: a value is not finite.
     """
     num_rows, num_cols = weight.shape
     packed = PackedMatrix.empty(kind, num_rows, num_cols)
@@ -98,7 +102,7 @@ def quantize(weight: torch.Tensor, kind: Kind) -> PackedMatrix:
     for first in range(0, num_rows, at_once):
         part = weight[first : first + at_once]
         if not bool(torch.isfinite(part).all()):
-            raise ValueError("holds values that are not finite")
+            raise NotFiniteError("holds values that are not finite")
         tiles = slice(first // TILE_ROWS, -(-(first + part.shape[0]) // TILE_ROWS))
         padded = torch.zeros((tiles.stop - tiles.start) * TILE_ROWS, num_padded)
         padded[: part.shape[0], :num_cols] = part

@@ -1,0 +1,78 @@
+// The small product of attention, rows x lanes, on values in the form they are held in.
+//
+// Included by attention_kernel.h, and so compiled once for each instruction set. Each element of a result is one chain
+// of fused multiply-adds over the depth, ascending, however many rows and lanes are computed at once.
+#pragma once
+
+#include "attention.h"
+
+namespace mixtral {
+namespace {
+
+inline Lanes load_as(const float* from) { return load(from); }
+inline Lanes load_as(const uint16_t* from) { return load_bf16(from); }
+inline Lanes load_as(const int8_t* from) { return load_int8(from); }
+
+inline float one_as(float from) { return from; }
+inline float one_as(int8_t from) { return static_cast<float>(from); }
+inline float one_as(uint16_t from) {
+  const uint32_t bits = static_cast<uint32_t>(from) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// c[rows][lanes] (+)= a[rows][depth] * b[depth][lanes], each element one chain over the depth, ascending.
+template <int kRows, int kWidth, typename Element>
+inline void product(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t depth, float* c,
+                    int64_t c_stride, bool from_zero) {
+  Lanes sums[kRows][kWidth];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int w = 0; w < kWidth; ++w) sums[r][w] = from_zero ? broadcast(0.0f) : load(c + r * c_stride + w * kLanes);
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    Lanes column[kWidth];
+#pragma GCC unroll 8
+    for (int w = 0; w < kWidth; ++w) column[w] = load_as(b + i * b_stride + w * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Lanes factor = broadcast(a[r * a_stride + i]);
+#pragma GCC unroll 8
+      for (int w = 0; w < kWidth; ++w) sums[r][w] = fused(factor, column[w], sums[r][w]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int w = 0; w < kWidth; ++w) store(c + r * c_stride + w * kLanes, sums[r][w]);
+  }
+}
+
+// The same for any width (a multiple of kLanes), as many lanes at a time as the registers hold.
+template <int kRows, typename Element>
+inline void wide_product(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t depth, float* c,
+                         int64_t c_stride, int64_t width, bool from_zero) {
+  constexpr int kWidth = registers_wide(kRows);
+  int64_t at = 0;
+  for (; at + kWidth * kLanes <= width; at += kWidth * kLanes) {
+    product<kRows, kWidth>(a, a_stride, b + at, b_stride, depth, c + at, c_stride, from_zero);
+  }
+  for (; at < width; at += kLanes) {
+    product<kRows, 1>(a, a_stride, b + at, b_stride, depth, c + at, c_stride, from_zero);
+  }
+}
+
+template <int kRows = kMaxRows, typename Element>
+inline void product_of(int64_t rows, const float* a, int64_t a_stride, const Element* b, int64_t b_stride,
+                       int64_t depth, float* c, int64_t c_stride, int64_t width, bool from_zero) {
+  if (rows == kRows) {
+    wide_product<kRows>(a, a_stride, b, b_stride, depth, c, c_stride, width, from_zero);
+  } else if constexpr (kRows > 1) {
+    product_of<kRows - 1>(rows, a, a_stride, b, b_stride, depth, c, c_stride, width, from_zero);
+  }
+}
+
+}  // namespace
+}  // namespace mixtral

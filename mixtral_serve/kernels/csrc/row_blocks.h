@@ -1,0 +1,83 @@
+// Rows that meet the same weights, cut into blocks; and the packed rows themselves.
+//
+// A segment is a run of rows that meet one matrix: all rows of a linear, or the rows of one expert. It is cut into the
+// fewest blocks possible, of nearly equal size: two blocks of 8 unpack as much as 12 + 4, and the larger one is done
+// sooner.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "products.h"
+
+namespace mixtral {
+
+struct Segment {
+  int64_t first_row;
+  int64_t num_rows;
+
+  int64_t num_blocks() const { return (num_rows + kMaxBlockRows - 1) / kMaxBlockRows; }
+
+  // First row of block `index`, counted from the segment's first; that of index num_blocks() is num_rows.
+  int64_t block_start(int64_t index) const {
+    return index * (num_rows / num_blocks()) + std::min(index, num_rows % num_blocks());
+  }
+
+  int64_t block_of(int64_t row) const {
+    const int64_t size = num_rows / num_blocks(), larger = num_rows % num_blocks();
+    return row < larger * (size + 1) ? row / (size + 1) : larger + (row - larger * (size + 1)) / size;
+  }
+};
+
+// Memory of quantised rows: each has the same share of it, whatever block it is in.
+struct PackedRows {
+  Kind kind;
+  int64_t num_groups;
+  int8_t* quants;    // [rows][num_groups * 32]
+  int32_t* offsets;  // [rows][num_offsets()]
+  float* scales;     // [rows]
+
+  int64_t num_offsets() const { return kind == Kind::int4 ? num_groups : 1; }
+
+  static int64_t num_bytes(int64_t num_rows, int64_t num_groups) {
+    return num_rows * (num_groups * (kGroupCols + 4) + 4) + 3 * 64;
+  }
+
+  Block block(const Segment& segment, int64_t index) const {
+    const int64_t start = segment.block_start(index), row = segment.first_row + start;
+    return {quants + row * num_groups * kGroupCols, offsets + row * num_offsets(), scales + row,
+            static_cast<int>(segment.block_start(index + 1) - start), num_groups};
+  }
+
+  RowPlace place(const Segment& segment, int64_t row_of_segment) const {
+    const int64_t index = segment.block_of(row_of_segment), start = segment.block_start(index);
+    const int64_t first = segment.first_row + start, within = row_of_segment - start;
+    return {quants + first * num_groups * kGroupCols + 4 * within, offsets + first * num_offsets() + within,
+            scales + first + within, segment.block_start(index + 1) - start};
+  }
+};
+
+// Hands out a piece of memory that the caller of the library brought, in steps of whole cache lines.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    char* taken = next_;
+    next_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(taken);
+  }
+
+  PackedRows take_rows(Kind kind, int64_t num_rows, int64_t num_groups) {
+    PackedRows rows{kind, num_groups, take<int8_t>(num_rows * num_groups * kGroupCols), nullptr, nullptr};
+    rows.offsets = take<int32_t>(num_rows * rows.num_offsets());
+    rows.scales = take<float>(num_rows);
+    return rows;
+  }
+
+ private:
+  char* next_;
+};
+
+}  // namespace mixtral

@@ -1,0 +1,118 @@
+// Cutting the product of a segment of rows with a matrix into tasks, and carrying one out.
+//
+// A task is a run of tiles times a part of the segment's blocks. Within a task every two tiles meet all blocks before
+// the next two are read, so weights come from memory once per part and stay in the second-level cache meanwhile; the
+// packed rows of a part stream from the cache behind it. Tasks that differ in the part only are neighbours: threads
+// that read the same weights do so at the same time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "products.h"
+#include "row_blocks.h"
+
+namespace mixtral {
+
+// One matrix in the packed layout of formats.py.
+struct Matrix {
+  Kind kind;
+  const uint8_t* quants;
+  const void* scales;
+  int64_t num_tiles;
+  int64_t num_groups;
+
+  int64_t tile_bytes() const { return num_groups * (kind == Kind::int4 ? 256 : 512); }
+  int64_t scale_bytes() const { return kTileRows * (kind == Kind::int4 ? num_groups * 2 : 4); }
+
+  // Tile `index`, after which comes tile `index + distance`.
+  Tile tile(int64_t index, int64_t distance) const {
+    const uint8_t* tile_quants = quants + index * tile_bytes();
+    const char* tile_scales = static_cast<const char*>(scales) + index * scale_bytes();
+    const uint8_t* next_quants = tile_quants + distance * tile_bytes();
+    return {tile_quants, tile_scales, next_quants, tile_scales + distance * scale_bytes(), 0, 1};
+  }
+
+  // Matrix `index` of several that lie behind each other.
+  Matrix at(int64_t index) const {
+    return {kind, quants + index * num_tiles * tile_bytes(),
+            static_cast<const char*>(scales) + index * num_tiles * scale_bytes(), num_tiles, num_groups};
+  }
+};
+
+// What a task covers: units (pairs of tiles) and blocks of a segment.
+struct Task {
+  int64_t first_unit, end_unit;
+  int64_t first_block, end_block;
+};
+
+class TaskGrid {
+ public:
+  // Packed rows of one part: small enough for a share of the last-level cache, large enough that weights are read once
+  // for hundreds of rows.
+  static constexpr int64_t kPartBytes = int64_t{4} << 20;
+
+  TaskGrid(const Segment& segment, int64_t num_units, int64_t num_groups, int num_threads)
+      : num_units_(num_units), num_blocks_(segment.num_blocks()) {
+    const int64_t block_bytes = num_groups * kGroupCols * kMaxBlockRows;
+    blocks_per_part_ = std::max<int64_t>(1, kPartBytes / block_bytes);
+    num_parts_ = (num_blocks_ + blocks_per_part_ - 1) / blocks_per_part_;
+    // Runs of neighbouring tiles read long stretches; many tasks per thread end at nearly the same time.
+    units_per_run_ = std::clamp<int64_t>(num_units / (num_threads * 16), 1, 4);
+    num_runs_ = (num_units + units_per_run_ - 1) / units_per_run_;
+  }
+
+  int64_t num_tasks() const { return num_runs_ * num_parts_; }
+
+  Task task(int64_t index) const {
+    const int64_t run = index / num_parts_, part = index % num_parts_;
+    return {run * units_per_run_, std::min((run + 1) * units_per_run_, num_units_), part * blocks_per_part_,
+            std::min((part + 1) * blocks_per_part_, num_blocks_)};
+  }
+
+ private:
+  int64_t num_units_, num_blocks_;
+  int64_t units_per_run_, blocks_per_part_;
+  int64_t num_runs_, num_parts_;
+};
+
+inline void multiply(const Kernels& kernels, Kind kind, const Block& block, const Tile* tiles, int num_tiles,
+                     float* out, int64_t stride) {
+  (kind == Kind::int4 ? kernels.multiply_int4 : kernels.multiply_int8)(block, tiles, num_tiles, out, stride);
+}
+
+// Notes that block `b` of the task comes to both tiles.
+inline void set_visit(Tile (&tiles)[2], const Task& task, int64_t b) {
+  for (Tile& tile : tiles) {
+    tile.visit = b - task.first_block;
+    tile.num_visits = task.end_block - task.first_block;
+  }
+}
+
+// out[row][o] for the task's blocks and for the outputs of its tiles, o < num_outputs; unit u is tiles 2u and 2u + 1.
+inline void run_product(const Kernels& kernels, const Matrix& matrix, const PackedRows& rows, const Segment& segment,
+                        const Task& task, float* out, int64_t num_outputs) {
+  for (int64_t unit = task.first_unit; unit < task.end_unit; ++unit) {
+    const int64_t first_tile = 2 * unit;
+    const int num_tiles = first_tile + 1 < matrix.num_tiles ? 2 : 1;
+    Tile tiles[2] = {matrix.tile(first_tile, 2), matrix.tile(first_tile + num_tiles - 1, 2)};
+    const int64_t width = std::min<int64_t>(num_tiles * kTileRows, num_outputs - first_tile * kTileRows);
+    for (int64_t b = task.first_block; b < task.end_block; ++b) {
+      const Block block = rows.block(segment, b);
+      set_visit(tiles, task, b);
+      float* first = out + (segment.first_row + segment.block_start(b)) * num_outputs + first_tile * kTileRows;
+      if (width == num_tiles * kTileRows) {
+        multiply(kernels, matrix.kind, block, tiles, num_tiles, first, num_outputs);
+        continue;
+      }
+      float whole[kMaxBlockRows * 2 * kTileRows];  // the last tile is padded, the output is not
+      multiply(kernels, matrix.kind, block, tiles, num_tiles, whole, 2 * kTileRows);
+      for (int r = 0; r < block.num_rows; ++r) {
+        std::memcpy(first + r * num_outputs, whole + r * 2 * kTileRows, sizeof(float) * width);
+      }
+    }
+  }
+}
+
+}  // namespace mixtral

@@ -1,0 +1,130 @@
+"""Which backend is taken: what was asked for or nothing, and never the oracle by itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mixtral_serve.kernels import native
+from mixtral_serve.kernels.backend import Backend, ExpertsOp, LinearOp
+from mixtral_serve.kernels.formats import Kind, PackedMatrix
+from mixtral_serve.kernels.names import BackendName
+from mixtral_serve.kernels.probe import main as probe
+from mixtral_serve.kernels.registry import BACKENDS, KernelsUnavailableError, choose, measure
+from mixtral_serve.kernels.torch_backend import TorchBackend
+
+SMALL = (64, 64)
+has_native = pytest.mark.skipif(not native.is_available(), reason="the compiled kernels are not installed")
+has_fbgemm = pytest.mark.skipif(TorchBackend().missing("int8") is not None, reason="this PyTorch has no FBGEMM")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_what_is_asked_for_is_taken_or_refused(kind, name) -> None:
+    missing = BACKENDS[name]().missing(kind)
+    if missing is None:
+        assert choose(kind, name).name == name
+    else:
+        with pytest.raises(KernelsUnavailableError) as caught:
+            choose(kind, name)
+        assert str(caught.value) == f"kernels = {name}, weights = {kind}: {missing}"
+
+
+def test_int4_on_torch_is_refused_with_what_to_install() -> None:
+    with pytest.raises(KernelsUnavailableError, match=r"install a C\+\+ compiler \(g\+\+ or clang\+\+\)"):
+        choose("int4", "torch")
+
+
+@has_native
+@has_fbgemm
+def test_where_several_can_they_are_measured_and_one_line_says_so(caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="mixtral_serve.kernels"):
+        chosen = choose("int8", dims=SMALL)
+    (line,) = [record.message for record in caplog.records]
+    assert chosen.name in ("native", "torch")
+    assert line.startswith(f"kernels: {chosen.name} for int8 weights; ms for 1 and 16 rows times 64 x 64: native ")
+    assert ", torch " in line
+
+
+class FakeBackend:
+    """As fast as ``num_products`` say, or missing something."""
+
+    is_row_invariant = False
+
+    def __init__(self, name: BackendName, num_products: int = 0, missing: str | None = None) -> None:
+        self.name = name
+        self._num_products = num_products
+        self._missing = missing
+
+    def missing(self, _: Kind) -> str | None:
+        return self._missing
+
+    def linear(self, _: PackedMatrix) -> LinearOp:
+        heavy = torch.ones(400, 400)
+
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self._num_products):
+                heavy @ heavy
+            return x
+
+        return multiply
+
+    def experts(self, *_: PackedMatrix) -> ExpertsOp:
+        raise AssertionError("nobody measures experts")
+
+
+def among(*fakes: FakeBackend) -> dict[BackendName, Callable[[], Backend]]:
+    return {fake.name: lambda fake=fake: fake for fake in fakes}
+
+
+def test_without_compiled_kernels_int8_falls_back_to_torch_and_one_line_says_so(caplog) -> None:
+    backends = among(FakeBackend("native", missing="install a compiler"), FakeBackend("torch"))
+    with caplog.at_level(logging.INFO, logger="mixtral_serve.kernels"):
+        assert choose("int8", dims=SMALL, backends=backends).name == "torch"
+    (line,) = [record.message for record in caplog.records]
+    assert line == "kernels: torch, the only one for int8 weights here; native cannot: install a compiler"
+
+
+def test_where_nothing_can_the_refusal_says_what_the_best_backend_misses() -> None:
+    backends = among(FakeBackend("native", missing="install a compiler"), FakeBackend("torch", missing="give up"))
+    with pytest.raises(KernelsUnavailableError, match=r"^weights = int4: install a compiler$"):
+        choose("int4", backends=backends)
+
+
+@pytest.mark.parametrize(("native_products", "taken"), [(2, "native"), (4, "native"), (40, "torch")])
+def test_the_native_kernels_stay_unless_another_is_clearly_faster(native_products: int, taken: str) -> None:
+    backends = among(FakeBackend("native", native_products), FakeBackend("torch", 4))
+    assert choose("int8", dims=SMALL, backends=backends).name == taken
+
+
+@has_native
+def test_int4_is_computed_with_the_native_kernels(caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="mixtral_serve.kernels"):
+        assert choose("int4", dims=SMALL).name == "native"
+    assert [record.message for record in caplog.records] == ["kernels: native, the only one for int4 weights here"]
+
+
+def test_operations_are_measured_in_turns_and_the_slower_one_is_seen() -> None:
+    heavy = torch.ones(600, 600)
+
+    def quick(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            heavy @ heavy
+        return x
+
+    quick_s, slow_s = measure([quick, slow], 8)
+    assert quick_s[0] < slow_s[0]
+    assert quick_s[1] < slow_s[1]
+
+
+@has_native
+def test_the_probe_says_in_one_line_what_would_compute_or_why_nothing_would(capsys) -> None:
+    assert probe(["int8", "reference"]) == 0
+    assert probe(["int4", "torch"]) == 1
+    assert "int4 weights need the compiled kernels" in capsys.readouterr().out
