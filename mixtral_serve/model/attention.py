@@ -1,10 +1,11 @@
 """Attention over one ragged row: every scheduled token of every request side by side, each seeing only its own past.
 
-Owns: the function registered with Transformers' ``AttentionInterface`` and the values that tell it what a step
-looks like. The step travels through the model's forward as a keyword argument; there is no global context.
+Owns: the function registered with Transformers' ``AttentionInterface``, and attention in PyTorch's own operators. A
+step travels through the model's forward as a keyword argument and knows how to attend: ``TorchStep`` here, or
+``native_attention.NativeStep`` where the compiled kernels hold the cache. There is no global context.
 
-Per layer: write the step's keys and values to their slots; then decodes (one row each), in groups of similar
-context length, one product per group; then prefill slices, one request after another, a bounded number of
+In PyTorch, per layer: write the step's keys and values to their slots; then decodes (one row each), in groups of
+similar context length, one product per group; then prefill slices, one request after another, a bounded number of
 queries at a time. Grouped-query attention without copies: query heads that share a key head are the rows of one
 product.
 
@@ -12,14 +13,15 @@ Invariants: a row reads only slots of its own request at positions up to its own
 lengths share a product, the shorter ones are padded with blocks of *their own* context under a mask of minus
 infinity: what lies in anybody else's blocks, the null block included, is never touched.
 
-Rejected: a name such as ``paged|...`` (Transformers refuses or replaces it); padding all rows to the longest;
-``repeat_kv``; one call per request (64 small calls per layer cost more than their products).
+Rejected: a name such as ``paged|...`` (Transformers refuses or replaces it); a second name for compiled attention (the
+step, made from the cache it reads, cannot be at odds with it; a name in the model's config could); padding all rows to
+the longest; ``repeat_kv``; one call per request (64 small calls per layer cost more than their products).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch.nn import functional
@@ -28,6 +30,26 @@ from transformers import AttentionInterface
 from mixtral_serve.model.kv_cache import PagedKVCache
 
 ATTENTION: Final = "mixtral_paged"
+
+
+class AttentionStep(Protocol):
+    """What one step means for attention; the same for all layers."""
+
+    def attend(
+        self, layer: int, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float, window: int | None
+    ) -> torch.Tensor:
+        """Store the rows' keys and values, then attend.
+
+        Args:
+            layer: whose cache.
+            rows: queries [rows, query_heads, head_dim], keys and values [rows, kv_heads, head_dim]; any strides.
+            scaling: factor of the scores.
+            window: how many positions a row sees, itself included; None: all.
+
+        Returns:
+            [rows, query_heads, head_dim].
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +79,8 @@ class PrefillSlice:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionStep:
-    """What one step means for attention; the same for all layers."""
+class TorchStep:
+    """An ``AttentionStep`` in PyTorch's operators, over a ``PagedKVCache``."""
 
     cache: PagedKVCache
     slots: torch.Tensor
@@ -67,6 +89,28 @@ class AttentionStep:
     prefills: tuple[PrefillSlice, ...]
     max_mask_elements: int = 4 << 20
     """Queries are cut so that one mask has at most so many elements (16 MB in fp32)."""
+
+    def attend(
+        self, layer: int, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float, window: int | None
+    ) -> torch.Tensor:
+        queries, keys, values = rows
+        self.cache.write(layer, self.slots, keys, values)
+        if self.cache.dtype is not queries.dtype:  # what is in this step is seen as it will be read in later ones
+            keys, values = (tensor.to(self.cache.dtype).to(queries.dtype) for tensor in (keys, values))
+        out = queries.new_empty(queries.shape)
+        for group in self.decodes:
+            span = slice(group.first_row, group.first_row + group.num_rows)
+            context = self.cache.gather(layer, group.blocks)
+            out[span] = _attend_decodes(queries[span], *context, group, scaling)
+        for part in self.prefills:
+            span = slice(part.first_row, part.first_row + part.num_rows)
+            context = (keys[span], values[span]) if part.blocks is None else self.cache.gather(layer, part.blocks)
+            at_once = max(1, self.max_mask_elements // (part.start - part.blocks_start + part.num_rows))
+            for first in range(0, part.num_rows, at_once):
+                chunk = slice(first, min(first + at_once, part.num_rows))
+                seen = _Seen.of(part, chunk, window)
+                out[span][chunk] = _attend_prefill(queries[span][chunk], *context, seen, scaling)
+        return out
 
 
 def register_attention() -> None:
@@ -103,23 +147,8 @@ def paged_attention_forward(
     """
     assert attention_mask is None, "a ragged row has no rectangular mask"
     layer: int = module.layer_idx  # type: ignore[assignment]  # a module may answer anything
-    queries = query[0].transpose(0, 1)
-    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    step.cache.write(layer, step.slots, keys, values)
-    out = queries.new_empty(queries.shape)
-    for group in step.decodes:
-        rows = slice(group.first_row, group.first_row + group.num_rows)
-        context = step.cache.gather(layer, group.blocks)
-        out[rows] = _attend_decodes(queries[rows], *context, group, scaling)
-    for part in step.prefills:
-        rows = slice(part.first_row, part.first_row + part.num_rows)
-        context = (keys[rows], values[rows]) if part.blocks is None else step.cache.gather(layer, part.blocks)
-        at_once = max(1, step.max_mask_elements // (part.start - part.blocks_start + part.num_rows))
-        for first in range(0, part.num_rows, at_once):
-            chunk = slice(first, min(first + at_once, part.num_rows))
-            seen = _Seen.of(part, chunk, sliding_window)
-            out[rows][chunk] = _attend_prefill(queries[rows][chunk], *context, seen, scaling)
-    return out.unsqueeze(0), None
+    rows = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    return step.attend(layer, rows, scaling, sliding_window).unsqueeze(0), None
 
 
 def _attend_decodes(

@@ -1,7 +1,8 @@
 """``StepPlan`` -> the tensors of one forward pass.
 
-Owns: the layout of the ragged row. Decodes come first, ordered by the length of what they read, so that each
-group of similar length is a contiguous range of rows; prefill slices follow in the plan's order.
+Owns: the layout of the ragged row, and of attention in PyTorch's operators (``native_attention`` lays out its own).
+Decodes come first, ordered by the length of what they read, so that each group of similar length is a contiguous
+range of rows; prefill slices follow in the plan's order.
 ``StepInputs.first_rows`` leads from the plan's slices to their rows; the plan's own order carries no meaning
 here.
 
@@ -18,8 +19,10 @@ from typing import Final
 
 import torch
 
-from mixtral_serve.model.attention import AttentionStep, DecodeGroup, PrefillSlice
-from mixtral_serve.model.kv_cache import PagedKVCache
+from mixtral_serve.model.attention import AttentionStep, DecodeGroup, PrefillSlice, TorchStep
+from mixtral_serve.model.kv_cache import KVCache, PagedKVCache
+from mixtral_serve.model.native_attention import native_step
+from mixtral_serve.model.native_kv_cache import NativeKVCache
 from scheduler.plan import ScheduledSlice, StepPlan
 
 _GROUP_BYTES: Final = 4 << 20
@@ -41,7 +44,7 @@ class StepInputs:
     """Row of the first token of each slice, aligned with ``plan.slices``."""
 
 
-def build_inputs(plan: StepPlan, cache: PagedKVCache, *, sliding_window: int | None) -> StepInputs:
+def build_inputs(plan: StepPlan, cache: KVCache, *, sliding_window: int | None) -> StepInputs:
     """Lay out ``plan`` (at least one slice) for ``cache``."""
     slices = plan.slices
     size = cache.block_size
@@ -62,12 +65,19 @@ def build_inputs(plan: StepPlan, cache: PagedKVCache, *, sliding_window: int | N
         _add_slots(slots, part, size)
         if end % size and part.start <= end - end % size:
             fresh.append(part.block_table[end // size])
-    groups = _decode_groups([(slices[i], *spans[i]) for i in decodes], cache, sliding_window)
-    prefills = tuple(_prefill(slices[i], first_rows[i], size, sliding_window) for i in order[len(decodes) :])
+    attention: AttentionStep
+    if isinstance(cache, NativeKVCache):
+        rows = [(first_rows[i], slices[i]) for i in order]
+        attention = native_step(cache, rows, slots, sliding_window=sliding_window)
+        fresh = []  # it never reads a slot that nobody wrote
+    else:
+        groups = _decode_groups([(slices[i], *spans[i]) for i in decodes], cache, sliding_window)
+        prefills = tuple(_prefill(slices[i], first_rows[i], size, sliding_window) for i in order[len(decodes) :])
+        attention = TorchStep(cache, torch.frombuffer(slots, dtype=torch.int64), groups, prefills)
     return StepInputs(
         input_ids=torch.frombuffer(ids, dtype=torch.int32).unsqueeze(0),
         positions=torch.frombuffer(positions, dtype=torch.int64).unsqueeze(0),
-        attention=AttentionStep(cache, torch.frombuffer(slots, dtype=torch.int64), groups, prefills),
+        attention=attention,
         fresh_blocks=tuple(fresh),
         first_rows=tuple(first_rows),
     )
@@ -106,7 +116,7 @@ def _decode_groups(
     stays a fraction of the work, and while the group's keys and values fit ``_GROUP_BYTES``.
     """
     dims = cache.keys.shape
-    block_bytes = 2 * dims[2] * dims[3] * dims[4] * cache.keys.element_size()
+    block_bytes = 2 * dims[2] * dims[3] * dims[4] * cache.compute_dtype.itemsize
     most = max(1, min(_GROUP_BYTES // block_bytes, cache.max_gather_blocks))
     groups: list[DecodeGroup] = []
     first = 0
@@ -136,5 +146,5 @@ def _decode_group(
     forbidden = at > torch.frombuffer(last_key, dtype=torch.int64).unsqueeze(1)
     if window is not None:
         forbidden |= at < torch.frombuffer(first_key, dtype=torch.int64).unsqueeze(1)
-    bias = torch.zeros(forbidden.shape, dtype=cache.keys.dtype).masked_fill_(forbidden, float("-inf"))
+    bias = torch.zeros(forbidden.shape, dtype=cache.compute_dtype).masked_fill_(forbidden, float("-inf"))
     return DecodeGroup(first_row, len(rows), torch.frombuffer(blocks, dtype=torch.int64), bias[:, None, None, :])

@@ -2,10 +2,11 @@
 
 Owns: ``open_checkpoint``, which decides whether a directory may be loaded, and ``Checkpoint``, its answer. It
 reads the JSON files and the headers of the safetensors shards; when it returns, every tensor the model needs is
-known to be there, once, in the right shape and in a complete file.
+known to be there, once, in the right shape and in a complete file. A directory with a manifest is a packed checkpoint
+and is checked against that (``manifest``, ``packed``).
 
 Invariants: no file that can carry code is opened (their presence alone refuses the directory); shard names are plain
-names inside the directory; all reads of weights go through safetensors.
+names inside the directory; foreign weights are read through safetensors only, our own by their fixed layout.
 
 Rejected: ``from_pretrained``. It succeeds with random weights when a tensor is missing, and follows ``auto_map``.
 """
@@ -23,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from mixtral_serve.model.config_file import read_json, read_shape
 from mixtral_serve.model.errors import CheckpointError
+from mixtral_serve.model.manifest import Manifest, verified_manifest
+from mixtral_serve.model.packed import check_weights
 from mixtral_serve.model.shape import EMBEDDING, HEAD, ModelShape
 
 SINGLE: Final = "model.safetensors"
@@ -50,6 +53,8 @@ class Checkpoint:
     path: Path
     shape: ModelShape
     shards: tuple[Shard, ...]
+    manifest: Manifest | None = None
+    """Of a packed checkpoint."""
 
     @property
     def num_tensors(self) -> int:
@@ -66,8 +71,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(".", f"{path} is not a directory")
     _refuse_code(path)
+    manifest = verified_manifest(path)
     shape = read_shape(path)
     _check_tokenizer(path, shape.vocab_size)
+    if manifest is not None:
+        files = check_weights(path, shape, manifest)
+        shards = tuple(Shard(path / file.name, tuple(tensor.name for tensor in file.tensors)) for file in files)
+        return Checkpoint(path, shape, shards, manifest)
+    return Checkpoint(path, shape, _check_shards(path, shape))
+
+
+def _check_shards(path: Path, shape: ModelShape) -> tuple[Shard, ...]:
+    """Every tensor of the shape, once, in the shards of a checkpoint in the Hub's layout."""
     expected = shape.hub_tensors()
     shards = []
     where: dict[str, str] = {}
@@ -88,7 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name in expected:
         if name not in where:
             raise CheckpointError(SINGLE if len(shards) == 1 else INDEX, "is missing", subject=name)
-    return Checkpoint(path, shape, tuple(shards))
+    return tuple(shards)
 
 
 def _refuse_code(path: Path) -> None:

@@ -1,7 +1,8 @@
 """What the model room raises at operators.
 
     ModelError
-    └── CheckpointError     a checkpoint directory that must not be served
+    ├── CheckpointError     a checkpoint directory that must not be served
+    └── DestinationError    a directory that a checkpoint cannot be written into
 
 The message is one line for the person who started the server: it names the file and, where one is at fault,
 the tensor or field. Paths are relative to the checkpoint, so that a message may be shown anywhere.
@@ -29,3 +30,10 @@ class CheckpointError(ModelError):
         super().__init__(" ".join(f"{where}: {problem}".split()))
         self.file = file
         self.subject = subject
+
+
+class DestinationError(ModelError):
+    """A packed checkpoint cannot be written where it was to be; what was finished before is kept.
+
+    The message is one line that says what to do.
+    """

@@ -19,6 +19,8 @@ import torch
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mixtral_serve.kernels.routing import Routing
+
 EXPERTS: Final = "mixtral_sorted"
 
 
@@ -44,40 +46,14 @@ def sorted_experts_forward(
     """
     gate_up_proj: torch.Tensor = module.gate_up_proj  # type: ignore[assignment]  # a module may answer anything
     down_proj: torch.Tensor = module.down_proj  # type: ignore[assignment]  # a module may answer anything
-    num_rows, k = top_k_index.shape
-    # Ascending expert id within a row makes the order of the final sum a function of the row alone.
-    top_k_index, rank = top_k_index.sort(dim=-1)
-    expert_ids = top_k_index.reshape(-1)
-    by_expert, order = expert_ids.sort(stable=True)
-    rows = hidden_states.index_select(0, order // k)
-    spans = _spans(by_expert, gate_up_proj.shape[0])
-
+    routing = Routing.of(top_k_index, top_k_weights, gate_up_proj.shape[0])
+    rows = routing.sort(hidden_states)
     gate_up = rows.new_empty(rows.shape[0], gate_up_proj.shape[1])
-    for expert, first, end in spans:
+    for expert, first, end in routing.spans:
         torch.mm(rows[first:end], gate_up_proj[expert].t(), out=gate_up[first:end])
     gate, up = gate_up.chunk(2, dim=-1)
     inner = functional.silu(gate).mul_(up)
     out = torch.empty_like(rows)
-    for expert, first, end in spans:
+    for expert, first, end in routing.spans:
         torch.mm(inner[first:end], down_proj[expert].t(), out=out[first:end])
-
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.shape[0])
-    by_token = out.index_select(0, back).view(num_rows, k, -1)
-    weighted = by_token * top_k_weights.gather(1, rank).unsqueeze(-1)
-    total = weighted[:, 0]
-    for i in range(1, k):
-        total = total + weighted[:, i]
-    return total.to(hidden_states.dtype)
-
-
-def _spans(by_expert: torch.Tensor, num_experts: int) -> list[tuple[int, int, int]]:
-    """(expert, first, end) for each touched expert, given its sorted ids."""
-    counts: list[int] = torch.bincount(by_expert, minlength=num_experts).tolist()
-    spans = []
-    first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            spans.append((expert, first, first + count))
-            first += count
-    return spans
+    return routing.combine(out).to(hidden_states.dtype)

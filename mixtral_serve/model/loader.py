@@ -1,33 +1,41 @@
 """Checkpoint -> a ``MixtralForCausalLM`` that holds its weights and runs our attention and experts.
 
-Owns: the way of a weight from the file to its place. The model is built empty (accelerate), its parameters are
-allocated once in the wanted dtype, and each tensor of each shard is copied, cast on the way, into its place:
-peak memory is the finished model plus one tensor. Transformers keeps one layer's experts in two fused
-parameters where the Hub has three matrices per expert; a place is therefore a view into a parameter, and
-``places`` is the one function that knows both layouts. Other weight formats come in here: they replace modules
-of the empty model and offer their own places.
+Owns: the way of a weight from the file to its place. The model is built empty (accelerate), its storage is allocated
+once, and each tensor of each shard goes to its place, cast or quantised on the way: peak memory is the finished model
+plus two tensors. Transformers keeps one layer's experts in two fused parameters where the Hub has three matrices per
+expert; a place is therefore a view into a parameter, and ``places`` is the one function that knows both layouts. For
+packed weights ``quantized`` has replaced modules and offers places of its own; a checkpoint that is packed already is
+read straight into them (``packed_loader``).
 
-Invariants: when ``load_model`` returns, every parameter was written exactly once and no shard is mapped any more.
+Invariants: when ``load_model`` returns, every place was written exactly once, and no shard was ever mapped.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from mixtral_serve.kernels.backend import Backend
+from mixtral_serve.kernels.formats import Kind, NotFiniteError, PackedMatrix
+from mixtral_serve.kernels.quantizer import quantize_into
 from mixtral_serve.model.attention import ATTENTION, register_attention
 from mixtral_serve.model.checkpoint import Checkpoint
 from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.model.experts import EXPERTS, register_experts
+from mixtral_serve.model.manifest import MANIFEST
+from mixtral_serve.model.packed_layout import packed_files
+from mixtral_serve.model.packed_loader import load_packed
 from mixtral_serve.model.progress import progress
+from mixtral_serve.model.quantized import compute_with, hold_packed, packed_places
+from mixtral_serve.model.rowwise import make_row_invariant
 from mixtral_serve.model.shape import ModelShape, Weights
+from mixtral_serve.model.shard_reader import shard_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -59,29 +67,79 @@ def hf_config(shape: ModelShape, *, attention: str = ATTENTION, experts: str = E
     )
 
 
-def load_model(checkpoint: Checkpoint, weights: Weights) -> MixtralForCausalLM:
+def load_model(checkpoint: Checkpoint, weights: Weights, backend: Backend | None = None) -> MixtralForCausalLM:
     """Read every weight of ``checkpoint``; the model is in eval mode and its parameters need no gradient.
 
+    Args:
+        checkpoint: as ``open_checkpoint`` returns it.
+        weights: how they are held; a checkpoint that is not packed is quantised tensor by tensor.
+        backend: what computes with packed weights; None for all others.
+
     Raises:
-        CheckpointError: a shard changed or broke since it was checked.
+        CheckpointError: a shard changed or broke since it was checked, or holds what cannot be quantised.
     """
     started_s = time.monotonic()
+    if checkpoint.manifest is not None and checkpoint.manifest.weights != weights:
+        packed = checkpoint.manifest.weights
+        raise CheckpointError(MANIFEST, f"is that of {packed} weights: weights must be {packed}, not {weights}")
     model = build_empty(checkpoint.shape)
-    _allocate(model, DTYPES[weights])
-    targets = dict(places(model))
+    if weights == "int8" or weights == "int4":
+        assert backend is not None, "packed weights are computed with by a backend"
+        hold_packed(model, weights)
+        if backend.is_row_invariant:
+            make_row_invariant(model)
+        if checkpoint.manifest is not None:
+            load_packed(checkpoint, packed_places(model), num_threads=torch.get_num_threads())
+        else:
+            _quantize_shards(checkpoint, model, weights)
+        compute_with(model, backend)
+    else:
+        _allocate(model, DTYPES[weights])
+        targets = dict(places(model))
+        _read_shards(checkpoint, lambda name, tensor: targets.pop(name).copy_(tensor))
+        assert not targets, f"never written: {sorted(targets)}"
+    _log.info("loaded %s as %s in %.1f s", checkpoint.path.name, weights, time.monotonic() - started_s)
+    return model
+
+
+def _read_shards(checkpoint: Checkpoint, put: Callable[[str, torch.Tensor], object]) -> None:
+    """Hand every tensor to ``put``, under its name on the Hub; it is gone when ``put`` returns."""
     label = f"loading {checkpoint.path.name}"
     with torch.no_grad(), progress(label, total=checkpoint.num_tensors, unit="tensors") as report:
         for shard in checkpoint.shards:
-            try:
-                with safe_open(shard.path, framework="pt") as tensors:
-                    for name in shard.tensors:
-                        targets.pop(name).copy_(tensors.get_tensor(name))
-                        report.advance(1)
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise CheckpointError(shard.path.name, f"cannot be read ({error})") from None
+            for name, tensor in shard_tensors(shard):
+                try:
+                    put(name, tensor)
+                except NotFiniteError as error:
+                    raise CheckpointError(shard.path.name, str(error), subject=name) from None
+                report.advance(1)
+
+
+def _quantize_shards(checkpoint: Checkpoint, model: MixtralForCausalLM, kind: Kind) -> None:
+    """Fill the places of packed weights from tensors in floating point, each quantised where it lies."""
+    storage = dict(packed_places(model))
+    targets: dict[str, list[PackedMatrix | torch.Tensor]] = {}
+    for file in packed_files(checkpoint.shape, kind):
+        for spec in file.plain:
+            place = storage[spec.name]
+            assert isinstance(place, torch.Tensor)
+            targets.setdefault(spec.name, []).append(place)
+        for matrix in file.matrices:
+            place = storage[matrix.name]
+            assert isinstance(place, PackedMatrix)
+            for expert in range(matrix.num_experts or 1):
+                one = place if matrix.num_experts is None else place[expert]
+                targets.setdefault(matrix.source_name(expert), []).append(one)
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        for target in targets.pop(name):  # a tied head is made of the embedding as well
+            if isinstance(target, PackedMatrix):
+                quantize_into(tensor, target)
+            else:
+                target.copy_(tensor)
+
+    _read_shards(checkpoint, put)
     assert not targets, f"never written: {sorted(targets)}"
-    _log.info("loaded %s as %s in %.1f s", checkpoint.path.name, weights, time.monotonic() - started_s)
-    return model
 
 
 def build_empty(shape: ModelShape) -> MixtralForCausalLM:

@@ -11,21 +11,26 @@ logits are never materialised for more than a bounded number of rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from transformers import MixtralForCausalLM
 
+from mixtral_serve import __version__
 from mixtral_serve.contract import ModelInfo, RunBatch, SamplingParams
+from mixtral_serve.kernels.backend import Backend
+from mixtral_serve.kernels.names import KernelChoice
+from mixtral_serve.kernels.registry import choose
 from mixtral_serve.model.batch import StepInputs, build_inputs
 from mixtral_serve.model.checkpoint import open_checkpoint
-from mixtral_serve.model.kv_cache import PagedKVCache
-from mixtral_serve.model.loader import DTYPES, load_model
+from mixtral_serve.model.kv_cache import KVCache, allocate_kv_cache
+from mixtral_serve.model.loader import load_model
 from mixtral_serve.model.logprobs import token_logprobs
 from mixtral_serve.model.pooling import pool
 from mixtral_serve.model.sampler import NON_FINITE, Sampled, SampleRow, finite_rows, sample
-from mixtral_serve.model.shape import ModelShape, Weights
+from mixtral_serve.model.shape import KVDtype, ModelShape, Weights, kv_dtype_for
 from mixtral_serve.model.threads import apply_threads, plan_threads
 from scheduler.events import TokenLogprob
 from scheduler.lifecycle import FinishReason
@@ -54,7 +59,7 @@ class MixtralRunner:
         model: MixtralForCausalLM,
         shape: ModelShape,
         *,
-        cache: PagedKVCache,
+        cache: KVCache,
         info: ModelInfo,
         logits_listener: LogitsListener | None = None,
     ) -> None:
@@ -70,7 +75,7 @@ class MixtralRunner:
         return self._info
 
     @property
-    def cache(self) -> PagedKVCache:
+    def cache(self) -> KVCache:
         """The tensors of keys and values, for measurements and fault injection."""
         return self._cache
 
@@ -165,10 +170,20 @@ def _slice_result(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """How numbers are held, and what computes with them."""
+
+    weights: Weights = "fp32"
+    kernels: KernelChoice = "auto"
+    """Which backend computes with packed weights. Weights in fp32 and bf16 are PyTorch's own."""
+    kv_cache_dtype: Literal["auto"] | KVDtype = "auto"
+
+
 def load_runner(
     checkpoint: Path,
+    numerics: Numerics,
     *,
-    weights: Weights,
     num_blocks: int,
     block_size: int,
     num_threads: int,
@@ -178,8 +193,8 @@ def load_runner(
     """Load ``checkpoint`` and allocate its KV cache; sets PyTorch's thread count for the process.
 
     Args:
-        checkpoint: a directory in the Hub's layout.
-        weights: how weights, keys and values are held.
+        checkpoint: a directory in the Hub's layout, or a packed one.
+        numerics: how weights, keys and values are held and computed with.
         num_blocks: blocks of the KV cache, the null block included, as the accountant found.
         block_size: positions per block.
         num_threads: most threads to compute with; clipped to what the process may use.
@@ -188,16 +203,29 @@ def load_runner(
 
     Raises:
         CheckpointError: the directory cannot be served.
+        KernelsUnavailableError, NativeUnavailableError: nothing here computes with such weights, keys and values.
     """
     apply_threads(plan_threads(num_threads))
     opened = open_checkpoint(checkpoint)
-    shape = opened.shape
-    model = load_model(opened, weights)
-    cache = PagedKVCache(shape, num_blocks=num_blocks, block_size=block_size, dtype=DTYPES[weights])
+    shape, weights = opened.shape, numerics.weights
+    backend = None
+    if weights == "int8" or weights == "int4":
+        backend = choose(weights, numerics.kernels, dims=(shape.intermediate_size, shape.hidden_size))
+    model = load_model(opened, weights, backend)
+    compute_dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+    kv_dtype = kv_dtype_for(weights, numerics.kv_cache_dtype)
+    cache = allocate_kv_cache(
+        shape,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=kv_dtype,
+        compute_dtype=compute_dtype,
+        is_native=(backend is not None and backend.is_row_invariant) or kv_dtype == "int8",
+    )
     served = name or checkpoint.resolve().name
     info = ModelInfo(
         name=served,
-        fingerprint=fingerprint(served, weights),
+        fingerprint=fingerprint(served, numerics, backend),
         vocab_size=shape.vocab_size,
         max_model_len=shape.max_model_len,
         eos_token_ids=shape.eos_token_ids,
@@ -209,10 +237,15 @@ def load_runner(
     return MixtralRunner(model, shape, cache=cache, info=info, logits_listener=logits_listener)
 
 
-def fingerprint(name: str, weights: Weights) -> str:
-    """Model, weights and backend, for ``system_fingerprint``.
+def fingerprint(name: str, numerics: Numerics, backend: Backend | None) -> str:
+    """Model, weights, keys and values, backend, and whether it keeps the law of equal bits: ``system_fingerprint``.
 
-    PyTorch's products round differently for different numbers of rows, so this backend does not promise the
-    same bits in any batch, and says so.
+    ``batchinvariant``: a request's logits have the same bits whatever else is in the batch, however its prompt is cut
+    into chunks and for any number of threads. PyTorch's products round differently for different numbers of rows, so
+    what computes with them is ``batchvariant``.
     """
-    return f"{name}-{weights}-torch{torch.__version__}-batchvariant"
+    held = f"{numerics.weights}-kv{kv_dtype_for(numerics.weights, numerics.kv_cache_dtype)}"
+    if backend is None or backend.name == "torch":
+        return f"{name}-{held}-torch{torch.__version__}-batchvariant"
+    law = "batchinvariant" if backend.is_row_invariant else "batchvariant"
+    return f"{name}-{held}-{backend.name}{__version__}-{law}"

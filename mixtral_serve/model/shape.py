@@ -1,7 +1,8 @@
 """``ModelShape``: what a Mixtral is made of, in numbers, and the tensors that follow from them.
 
-Owns: the numbers that the accountant, the loader and the runner need, and the list of tensors that a checkpoint
-of this shape holds under the names used on the Hub. Imports no tensor library: reading a shape is instant.
+Owns: the numbers that the accountant, the loader and the runner need, the list of tensors that a checkpoint
+of this shape holds under the names used on the Hub, and how many bytes they take in each form that weights are held
+in. Imports no tensor library: reading a shape is instant.
 
 Rejected: passing Transformers' config around. It is mutable, has some fifty fields, and needs a
 two-second import to answer how many layers there are.
@@ -12,10 +13,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-Weights: TypeAlias = Literal["fp32", "bf16"]
-"""How weights (and keys and values) are held in memory and computed with."""
+Weights: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
+"""How weights are held in memory. fp32 and bf16 hold every tensor so; int8 and int4 pack the large matrices."""
+Packing: TypeAlias = Literal["int8", "int4"]
+"""The forms of a packed matrix."""
+KVDtype: TypeAlias = Literal["fp32", "bf16", "int8"]
+"""How keys and values are held; int8 with one fp32 scale per token and head, for keys and for values."""
 
 BYTES_PER_ELEMENT: Final[dict[Weights, int]] = {"fp32": 4, "bf16": 2}
+"""Of the forms that hold every tensor alike."""
+KV_BYTES_PER_ELEMENT: Final[dict[KVDtype, int]] = {"fp32": 4, "bf16": 2, "int8": 1}
+KV_SCALE_BYTES: Final[dict[KVDtype, int]] = {"fp32": 0, "bf16": 0, "int8": 4}
+"""Of one token's keys (or values) in one head."""
+
+ROW_TILE: Final = 16
+"""A packed matrix has a multiple of so many outputs; the others are zero."""
+GROUP_SIZE: Final = 32
+"""Inputs that share one int4 scale; every packed matrix has a multiple of so many inputs."""
+
+
+def packed_bytes(packing: Packing, num_rows: int, num_cols: int) -> int:
+    """Bytes of a packed matrix of ``num_rows`` outputs and ``num_cols`` inputs, padding and scales included.
+
+    int4: half a byte per weight and a bf16 scale per group of 32 inputs and output. int8: a byte per weight and
+    an fp32 scale per output.
+    """
+    rows = -(-num_rows // ROW_TILE) * ROW_TILE
+    cols = -(-num_cols // GROUP_SIZE) * GROUP_SIZE
+    if packing == "int4":
+        return rows * cols // 2 + 2 * rows * (cols // GROUP_SIZE)
+    return rows * cols + 4 * rows
+
+
+def kv_dtype_for(weights: Weights, wanted: KVDtype | Literal["auto"] = "auto") -> KVDtype:
+    """The form of keys and values; ``auto`` is fp32 beside fp32 weights and bf16 beside all others."""
+    if wanted != "auto":
+        return wanted
+    return "fp32" if weights == "fp32" else "bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +92,25 @@ class ModelShape:
         return self.num_layers * per_layer + embeddings + self.hidden_size
 
     def weights_bytes(self, weights: Weights) -> int:
-        """Bytes of all parameters in memory."""
-        return self.num_parameters * BYTES_PER_ELEMENT[weights]
+        """Bytes of all parameters in memory.
+
+        Packed are experts, attention projections and the head; a tied head is packed besides the embedding. Beside
+        packed matrices the embedding is bf16, routers and norms are fp32.
+        """
+        if weights == "fp32" or weights == "bf16":
+            return self.num_parameters * BYTES_PER_ELEMENT[weights]
+        hidden, inner = self.hidden_size, self.intermediate_size
+        query, kv = self.num_query_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        experts = 2 * packed_bytes(weights, inner, hidden) + packed_bytes(weights, hidden, inner)
+        attention = (
+            packed_bytes(weights, query, hidden)
+            + 2 * packed_bytes(weights, kv, hidden)
+            + packed_bytes(weights, hidden, query)
+        )
+        router_and_norms = 4 * (self.num_experts * hidden + 2 * hidden)
+        per_layer = self.num_experts * experts + attention + router_and_norms
+        embedding, final_norm = 2 * self.vocab_size * hidden, 4 * hidden
+        return self.num_layers * per_layer + embedding + final_norm + packed_bytes(weights, self.vocab_size, hidden)
 
     def hub_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that a checkpoint of this shape must hold, as published on the Hub.

@@ -6,12 +6,13 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mixtral_serve.contract import RunBatch, Runner, SamplingParams
-from mixtral_serve.model.runner import LogitsListener, MixtralRunner, load_runner
+from mixtral_serve.model.runner import LogitsListener, MixtralRunner, Numerics, load_runner
 from mixtral_serve.model.shape import ModelShape, Weights
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
 from scheduler.config import SchedulerConfig
@@ -70,14 +71,16 @@ def make_runner(tiny_checkpoint: Path) -> RunnerMaker:
         weights: Weights = "fp32",
         num_blocks: int = 64,
         block_size: int = 4,
+        num_threads: int = 1,
         logits_listener: LogitsListener | None = None,
+        **numerics: Any,
     ) -> MixtralRunner:
         return load_runner(
             path or tiny_checkpoint,
-            weights=weights,
+            Numerics(weights=weights, **numerics),
             num_blocks=num_blocks,
             block_size=block_size,
-            num_threads=1,
+            num_threads=num_threads,
             logits_listener=logits_listener,
         )
 

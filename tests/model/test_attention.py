@@ -64,8 +64,7 @@ class World:
     def run(self) -> float:
         """The largest difference from plain attention; NaN if anything leaked."""
         generator = torch.Generator().manual_seed(0)
-        self.cache.keys.fill_(math.nan)
-        self.cache.values.fill_(math.nan)
+        self.cache.poison()
         contexts = {}
         for part in self.plan.slices:
             end = part.start + part.num_tokens
@@ -83,6 +82,7 @@ class World:
         worst = 0.0
         for part in self.plan.slices:
             queries, keys, values = contexts[part.request_id]
+            keys, values = (held.to(self.cache.dtype).float() for held in (keys, values))
             wanted = plain_attention(queries[part.start :], keys, values, part.start, self.window)
             error = float((found[part.request_id] - wanted).abs().max())
             worst = error if math.isnan(error) else max(worst, error)
@@ -125,7 +125,9 @@ def worlds(draw: st.DrawFn) -> World:
     for i, (start, num) in enumerate(lengths):
         first = sum(needed[:i])
         slices.append(make_slice(f"r{i}", start, num, list(blocks[first : first + needed[i]])))
-    cache = PagedKVCache(SHAPE, num_blocks=sum(needed) + 4, block_size=size, dtype=torch.float32)
+    held = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    num_blocks = sum(needed) + 4
+    cache = PagedKVCache(SHAPE, num_blocks=num_blocks, block_size=size, dtype=held, compute_dtype=torch.float32)
     return World(cache, window, StepPlan(0, tuple(slices), ()), draw(st.sampled_from([1, 30, 300, 1 << 22])))
 
 
@@ -194,6 +196,10 @@ def test_the_workspace_holds_a_request_of_full_length_and_at_least_a_few_megabyt
     assert gather_blocks(replace(mixtral, max_model_len=16), 100_000, 16, 2) == 64
     cache = PagedKVCache(SHAPE, num_blocks=10, block_size=4, dtype=torch.float32)
     assert cache.workspace_bytes <= 4 << 20
+    bf16, fp32 = torch.bfloat16, torch.float32
+    mixed = PagedKVCache(SHAPE, num_blocks=10, block_size=4, dtype=bf16, compute_dtype=fp32)
+    alike = PagedKVCache(SHAPE, num_blocks=10, block_size=4, dtype=bf16)
+    assert mixed.workspace_bytes == 3 * alike.workspace_bytes  # as held, and converted
 
 
 def test_a_mask_for_the_ragged_row_is_our_own_bug() -> None:

@@ -66,7 +66,7 @@ def test_info_tells_what_was_loaded(make_runner, tiny_shape) -> None:
     assert (info.num_blocks, info.block_size, info.eos_token_ids) == (20, 8, (2,))
     assert info.weights_bytes == tiny_shape.weights_bytes("fp32")
     assert info.kv_cache_bytes == runner.cache.num_bytes == 20 * 8 * 2 * 2 * 2 * 10 * 4
-    assert info.fingerprint.startswith("tiny-fp32-torch")
+    assert info.fingerprint.startswith("tiny-fp32-kvfp32-torch")
     assert info.fingerprint.endswith("-batchvariant")
     assert "bf16" in make_runner(weights="bf16").info.fingerprint
 
