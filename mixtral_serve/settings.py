@@ -20,6 +20,8 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta
 
+from mixtral_serve.kernels.names import KernelChoice
+from mixtral_serve.model.shape import Weights
 from scheduler.policies import POLICIES
 
 ENVIRONMENT_PREFIX: Final = "MIXTRAL_SERVE_"
@@ -49,8 +51,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bool, Meta(description="listen beyond this machine although nobody is asked for a key")
     ] = False
     weights: Annotated[
-        Literal["fp32", "bf16"], Meta(description="how weights and KV cache are held and computed with")
-    ] = "fp32"
+        Literal["auto", Weights],
+        Meta(description="how weights are held in memory; auto: as the checkpoint is packed, fp32 where it is not"),
+    ] = "auto"
+    kernels: Annotated[
+        KernelChoice,
+        Meta(description="what computes with int8 and int4 weights; auto: the fastest that this machine has"),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "int8"],
+        Meta(description="how keys and values are held; auto: fp32 beside fp32 weights, bf16 beside all others"),
+    ] = "auto"
     threads: Annotated[Count, Meta(description="threads of the model, clipped to what this process may use")] = 8
     memory_cap_bytes: Annotated[Count, Meta(description="hard cap on memory, all processes together")] = 90_000_000_000
     kv_cache_memory_bytes: Annotated[
@@ -83,6 +94,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shutdown_timeout_s: Annotated[Seconds, Meta(description="how long SIGTERM waits for running requests")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least level logged")] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="log lines for people or for machines")] = "text"
+
+    @property
+    def held_weights(self) -> Weights:
+        """How weights are held, as far as the settings alone tell: a packed checkpoint decides otherwise."""
+        return "fp32" if self.weights == "auto" else self.weights
 
 
 @dataclass(frozen=True, slots=True)

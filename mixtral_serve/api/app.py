@@ -19,6 +19,7 @@ from mixtral_serve.api.responses import problem_response
 from mixtral_serve.api.routes.chat import chat_routes
 from mixtral_serve.api.routes.completions import completion_routes
 from mixtral_serve.api.routes.health import health_routes
+from mixtral_serve.api.routes.memory import memory_routes
 from mixtral_serve.api.routes.models import model_routes
 from mixtral_serve.engine.errors import EngineError
 from mixtral_serve.text.errors import ChatTemplateError
@@ -44,6 +45,7 @@ def create_app(deps: Dependencies) -> FastAPI:
         completion_routes(deps, encoder),
         model_routes(deps),
         health_routes(deps),
+        memory_routes(deps),
     ):
         app.include_router(router)
     for kind in (ApiError, EngineError, ChatTemplateError, HTTPException):

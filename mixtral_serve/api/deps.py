@@ -6,7 +6,7 @@ Owns: ``Dependencies``, ``ApiSettings`` and ``Engine``, the narrow part of the e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -47,6 +47,10 @@ class ApiSettings:
     """What an unknown field of a request is: a 400, or a warning header."""
 
 
+def _never_short() -> None:
+    """Memory is always enough."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dependencies:
     """Everything that routes use."""
@@ -60,6 +64,10 @@ class Dependencies:
     render_metrics: Callable[[], bytes]
     """The page of ``/metrics``, in Prometheus' text format."""
     version: str
+    memory_report: Callable[[], Mapping[str, object]] = dict
+    """The answer of ``/memory``; empty where nobody measures."""
+    check_memory: Callable[[], None] = _never_short
+    """Raises ``MemoryPressure`` where memory is too short for another request."""
     settings: ApiSettings = ApiSettings()
     authenticate: Authenticate = anyone
     clock: Callable[[], float] = time.monotonic

@@ -30,6 +30,7 @@ from starlette.exceptions import HTTPException
 
 from mixtral_serve.engine.errors import (
     EngineUnavailable,
+    MemoryPressure,
     PromptTooLong,
     QueueFull,
     RequestFailed,
@@ -146,6 +147,7 @@ def _failed(error: RequestFailed) -> Problem:
 
 
 _RETRY_AFTER_FAILURE_S: Final = 5.0
+_SHORT: Final = "The server is short of memory. Try again later."
 _TABLE: Final[tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...]] = (
     (InvalidRequest, lambda e: Problem(400, INVALID_REQUEST, e.code, str(e), e.param)),
     (ModelNotFound, lambda e: Problem(404, INVALID_REQUEST, "model_not_found", str(e), "model")),
@@ -162,6 +164,10 @@ _TABLE: Final[tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...]] 
         ),
     ),
     (RequestRefused, lambda e: Problem(400, INVALID_REQUEST, "invalid_value", f"The request was refused: {e}.")),
+    (
+        MemoryPressure,
+        lambda e: Problem(503, "service_unavailable_error", "memory_pressure", _SHORT, retry_after_s=e.retry_after_s),
+    ),
     (
         EngineUnavailable,
         lambda e: Problem(

@@ -1,8 +1,8 @@
 """From an HTTP request to a checked order: the first half of both generating endpoints.
 
-Owns: ``Intake`` and ``Order``. The order of the checks is fixed: who asks, then the body, then the model's name,
-then whether the engine is there at all. So a bad request is told what is wrong with it at any time, also while
-the model loads.
+Owns: ``Intake`` and ``Order``. The order of the checks is fixed: who asks, whether there is memory to read a body into,
+then the body, then the model's name, then whether the engine is there at all. So a bad request is told what is wrong
+with it at any time, also while the model loads.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ class Intake(Generic[RequestT]):
 
         Raises:
             ApiError: it is not well formed, too large or too slow, or names no model that is served.
-            EngineUnavailable: no model was loaded yet.
+            EngineUnavailable: memory is short, or no model was loaded yet.
         """
         deps = self._deps
         arrival_s = deps.clock()
         caller = deps.authenticate(request.headers)
+        deps.check_memory()
         fields = self._screen(parse_json(await request.body()))
         checked = validated(self._model, fields, unknown_fields=deps.settings.unknown_fields)
         asked = checked.request

@@ -10,16 +10,22 @@ import importlib.metadata
 import os
 import platform
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mixtral_serve import __version__
+from mixtral_serve import __version__, machine
+from mixtral_serve.compose.limits import tightest_limit
 from mixtral_serve.compose.plan import ServingPlan, plan_serving, scheduler_config
 from mixtral_serve.engine.errors import EXIT_CONFIG
+from mixtral_serve.kernels.names import KernelChoice
 from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.errors import CheckpointError
+from mixtral_serve.model.manifest import verify_files
+from mixtral_serve.model.shape import Weights
 from mixtral_serve.settings import Settings
 from mixtral_serve.text.chat_template import load_chat_template
 from mixtral_serve.text.errors import TextError
@@ -61,16 +67,20 @@ class Report:
         )
 
 
-def examine(settings: Settings, *, meminfo: Path = Path("/proc/meminfo")) -> Report:
-    """Look at the installation, the machine, the checkpoint, the plan and the port."""
+def examine(settings: Settings, *, verify: bool = False, meminfo: Path = machine.MEMINFO) -> Report:
+    """Look at the installation, the machine, the kernels, the checkpoint, the plan and the port.
+
+    ``verify`` reads every byte of a packed checkpoint and compares it with the manifest.
+    """
     findings = [_installation(), _processors(settings)]
-    plan = _plan(settings)
+    plan = _plan(settings, meminfo)
     if isinstance(plan, Finding):
         findings.append(plan)
     else:
         findings += [
             Finding("ok", "model", f"{plan.model_names[0]}: {plan.shape.num_parameters:,} parameters"),
-            _checked("weights", lambda: _weights(plan)),
+            _checked("weights", lambda: _weights(plan, verify=verify)),
+            _kernels(plan.weights, settings.kernels),
             _checked("tokenizer", lambda: _tokenizer(plan)),
             Finding("ok", "memory plan", plan.memory.table().strip()),
             _checked("schedule", lambda: _schedule(settings, plan)),
@@ -94,9 +104,23 @@ def _processors(settings: Settings) -> Finding:
     return Finding("ok", "processors", f"{usable} usable, {settings.threads} configured")
 
 
-def _plan(settings: Settings) -> ServingPlan | Finding:
+def _kernels(weights: Weights, asked: KernelChoice) -> Finding:
+    """What computes with the weights; found out in a process of its own, which may import PyTorch."""
+    if weights not in ("int8", "int4"):
+        return Finding("ok", "kernels", f"PyTorch's own, for {weights} weights")
+    probe = subprocess.run(
+        [sys.executable, "-m", "mixtral_serve.kernels.probe", weights, asked],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    detail = (probe.stdout.strip() or probe.stderr.strip()).removeprefix("kernels: ")
+    return Finding("ok" if probe.returncode == 0 else "failure", "kernels", detail)
+
+
+def _plan(settings: Settings, meminfo: Path) -> ServingPlan | Finding:
     try:
-        return plan_serving(settings)
+        return plan_serving(settings, tightest_limit(settings.memory_cap_bytes, meminfo=meminfo))
     except CheckpointError as error:
         return Finding("failure", "model", f"{settings.model}: {error}")
     except PlanError as error:
@@ -105,9 +129,15 @@ def _plan(settings: Settings) -> ServingPlan | Finding:
         return Finding("failure", "settings", str(error))
 
 
-def _weights(plan: ServingPlan) -> str:
+def _weights(plan: ServingPlan, *, verify: bool) -> str:
     checkpoint = open_checkpoint(plan.checkpoint)
-    return f"{checkpoint.num_tensors:,} tensors in {len(checkpoint.shards):,} files, all there and of the right shape"
+    found = f"{checkpoint.num_tensors:,} tensors in {len(checkpoint.shards):,} files, all there and of the right shape"
+    if checkpoint.manifest is None:
+        return f"{found}; there is no manifest to verify them against" if verify else found
+    if not verify:
+        return f"{found}, packed as {checkpoint.manifest.weights}; they are verified when they are loaded"
+    verify_files(checkpoint.path, checkpoint.manifest, num_threads=len(os.sched_getaffinity(0)))
+    return f"{found}, packed as {checkpoint.manifest.weights} and verified"
 
 
 def _tokenizer(plan: ServingPlan) -> str:
@@ -133,10 +163,12 @@ def _checked(subject: str, look: Callable[[], str]) -> Finding:
 
 
 def _machine_memory(plan: ServingPlan, meminfo: Path) -> Finding:
-    fields = dict(line.split(":", 1) for line in meminfo.read_text("ascii").splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    detail = f"{available / 1e9:.1f} GB available, {plan.memory.planned_bytes / 1e9:.1f} GB planned"
-    return Finding("ok" if available >= plan.memory.planned_bytes else "warning", "machine memory", detail)
+    memory = machine.machine_memory(meminfo)
+    if memory is None:
+        return Finding("warning", "machine memory", "the kernel does not say how much there is")
+    planned_bytes = plan.memory.planned_bytes
+    detail = f"{memory.available_bytes / 1e9:.1f} GB available, {planned_bytes / 1e9:.1f} GB planned"
+    return Finding("ok" if memory.available_bytes >= planned_bytes else "warning", "machine memory", detail)
 
 
 def _port(settings: Settings) -> Finding:

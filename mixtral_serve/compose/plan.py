@@ -1,8 +1,7 @@
 """What the settings mean before anything is loaded: which checkpoint, which memory plan, which schedule.
 
-Owns the demands of the memory plan: everything but the KV cache that will need memory, in both processes. The
-figures are upper bounds; where one is an estimate it says so. The API process and the engine process compute
-the same plan from the same settings.
+Owns: ``ServingPlan``. The API process and the engine process compute the same plan from the same settings: what
+the machine allows is found out once, by the first of them, and handed on as the cap. Imports no tensor library.
 """
 
 from __future__ import annotations
@@ -11,26 +10,19 @@ import secrets
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
 
+from msgspec.structs import replace
+
+from mixtral_serve.compose.limits import Limit
+from mixtral_serve.compose.memory import Demands, demands_of, kv_layout, most_kv_tokens
 from mixtral_serve.demo import checkpoint_path
 from mixtral_serve.model.config_file import read_shape
-from mixtral_serve.model.shape import BYTES_PER_ELEMENT, ModelShape
+from mixtral_serve.model.manifest import verified_manifest
+from mixtral_serve.model.shape import ModelShape, Weights
 from mixtral_serve.settings import Settings
-from scheduler.accountant import KVLayout, MemoryPlan, plan_memory, request_bytes
+from scheduler.accountant import MemoryPlan, plan_memory
 from scheduler.config import SchedulerConfig
 from scheduler.errors import ConfigError
-
-ENGINE_PROCESS_BYTES: Final = 700_000_000
-"""Interpreter, PyTorch, Transformers and their allocators, measured at 450 to 600 MB."""
-API_PROCESS_BYTES: Final = 300_000_000
-"""Interpreter, web framework, tokenizer, metrics, measured at 90 to 200 MB."""
-MOST_REQUESTS_BYTES: Final = 1_000_000_000
-"""Budget for the structures of live requests; beyond it requests are refused, however few they are."""
-SCORING_BYTES: Final = 4 * (32 << 20)
-"""Logits of scored prompts are computed in pieces of 32 MB; a piece is held up to four times (softmax, sorting)."""
-
-LEAST_WORKSPACE_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +32,29 @@ class ServingPlan:
     checkpoint: Path
     model_names: tuple[str, ...]
     shape: ModelShape
+    weights: Weights
     max_model_len: int
     memory: MemoryPlan
-    requests_budget_bytes: int
+    demands: Demands
+
+    @property
+    def requests_budget_bytes(self) -> int:
+        """What the accountant may promise to live requests."""
+        return self.demands.live_requests
+
+    @property
+    def processes_bytes(self) -> int:
+        """What both processes together may hold: the plan without the kernel's part."""
+        return self.memory.planned_bytes - self.demands.page_tables
+
+    @property
+    def engine_bytes(self) -> int:
+        """What the engine process may hold. The budget of live requests counts on either side."""
+        return self.processes_bytes - self.demands.api_process
 
 
-def plan_serving(settings: Settings) -> ServingPlan:
-    """Read the checkpoint's configuration and divide the memory.
+def plan_serving(settings: Settings, limit: Limit | None = None) -> ServingPlan:
+    """Read the checkpoint's configuration and divide the memory: the cap, or ``limit`` where that is given.
 
     Raises:
         CheckpointError: there is no usable checkpoint; the message names the file.
@@ -54,51 +62,56 @@ def plan_serving(settings: Settings) -> ServingPlan:
         ConfigError: a setting contradicts the model; the message names it.
     """
     _refuse_open_door(settings)
-    checkpoint = checkpoint_path() if settings.model == "demo" else Path(settings.model)
-    shape = read_shape(checkpoint)
+    checkpoint = checkpoint_of(settings)
+    return plan_shape(settle_weights(settings, checkpoint), read_shape(checkpoint), checkpoint, limit)
+
+
+def checkpoint_of(settings: Settings) -> Path:
+    """The directory that the settings name; it need not exist."""
+    return checkpoint_path() if settings.model == "demo" else Path(settings.model)
+
+
+def plan_shape(settings: Settings, shape: ModelShape, checkpoint: Path, limit: Limit | None = None) -> ServingPlan:
+    """The plan for a model of this shape. Raises as ``plan_serving``, less ``CheckpointError``."""
+    _refuse_idle_kernels(settings)
     max_model_len = settings.max_model_len or shape.max_model_len
     if max_model_len > shape.max_model_len:
         raise ConfigError("max_model_len", f"the model was made for {shape.max_model_len}, got {max_model_len}")
-    worst_request = request_bytes(max_model_len, max_model_len, settings.block_size)
-    num_live = settings.max_num_seqs + settings.max_num_queued_reqs
-    requests_budget_bytes = min(MOST_REQUESTS_BYTES, num_live * worst_request)
-    element_bytes = BYTES_PER_ELEMENT[settings.weights]
-    layout = KVLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, element_bytes, settings.block_size)
-    demands = {
-        f"weights ({settings.weights})": shape.weights_bytes(settings.weights),
-        "activations (estimate)": activation_bytes(shape, settings, layout),
-        "live requests": requests_budget_bytes,
-        "engine process": ENGINE_PROCESS_BYTES,
-        "API process": API_PROCESS_BYTES,
-    }
-    # More blocks than all seats can fill would only be a larger prefix cache; whoever wants that asks for it.
-    most_tokens = settings.max_num_seqs * max_model_len
-    if settings.kv_cache_memory_bytes:
-        most_tokens = settings.kv_cache_memory_bytes // layout.bytes_per_token
+    limit = limit or Limit("cap", settings.memory_cap_bytes)
+    layout = kv_layout(shape, settings)
+    demands = demands_of(settings, shape, max_model_len=max_model_len, cap_bytes=limit.num_bytes)
     return ServingPlan(
         checkpoint=checkpoint,
         model_names=settings.served_model_name or (_name_of(settings, checkpoint),),
         shape=shape,
+        weights=settings.held_weights,
         max_model_len=max_model_len,
         memory=plan_memory(
-            settings.memory_cap_bytes, layout, demands, min_tokens=settings.block_size, max_tokens=most_tokens
+            limit.num_bytes,
+            layout,
+            demands.named(settings.held_weights),
+            min_tokens=settings.block_size,
+            max_tokens=most_kv_tokens(settings, layout, max_model_len),
+            cap_name=limit.name,
         ),
-        requests_budget_bytes=requests_budget_bytes,
+        demands=demands,
     )
 
 
-def activation_bytes(shape: ModelShape, settings: Settings, layout: KVLayout) -> int:
-    """Estimate of one step's largest set of activations, in bytes.
+def settle_weights(settings: Settings, checkpoint: Path) -> Settings:
+    """The settings with the packing of a packed checkpoint, which is the only one it can be served in.
 
-    A row's hidden states, projections and inner expert activations, and the logits of all that sample, all
-    counted as fp32; the workspace into which one layer's keys and values of one long request are gathered.
+    Raises:
+        CheckpointError: the checkpoint's manifest is not sound.
+        ConfigError: the settings ask for another packing.
     """
-    inner = 4 * shape.num_experts_per_token * shape.intermediate_size
-    attention = 4 * shape.num_query_heads * shape.head_dim
-    rows = settings.max_num_batched_tokens * (12 * shape.hidden_size + inner + attention)
-    logits = 4 * settings.max_num_seqs * shape.vocab_size
-    gathered_bytes = (shape.max_model_len + layout.block_size) * layout.bytes_per_token // layout.num_layers
-    return 4 * (rows + logits) + max(gathered_bytes, LEAST_WORKSPACE_BYTES) + SCORING_BYTES
+    manifest = verified_manifest(checkpoint)
+    if manifest is None or settings.weights == manifest.weights:
+        return settings
+    if settings.weights != "auto":
+        problem = f"{settings.weights} contradicts the checkpoint, which is packed as {manifest.weights}"
+        raise ConfigError("weights", f"{problem}; leave the setting out")
+    return replace(settings, weights=manifest.weights)
 
 
 def scheduler_config(settings: Settings, plan: ServingPlan) -> SchedulerConfig:
@@ -128,6 +141,16 @@ def _refuse_open_door(settings: Settings) -> None:
         is_loopback = settings.host == "localhost"
     if not is_loopback and not settings.insecure_no_auth:
         raise ConfigError("host", f"{settings.host} can be reached from other machines; that takes insecure_no_auth")
+
+
+def _refuse_idle_kernels(settings: Settings) -> None:
+    """What was asked for by name must be what computes."""
+    weights = settings.held_weights
+    if weights not in ("int8", "int4") and settings.kernels in ("native", "reference"):
+        problem = f"{settings.kernels} computes with int8 and int4 weights; {weights} weights are PyTorch's own"
+        raise ConfigError("kernels", problem)
+    if weights == "bf16" and settings.kv_cache_dtype == "int8":
+        raise ConfigError("kv_cache_dtype", "int8 goes with activations in fp32; beside bf16 weights they are bf16")
 
 
 def _name_of(settings: Settings, checkpoint: Path) -> str:

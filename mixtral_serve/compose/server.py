@@ -10,22 +10,28 @@ import asyncio
 import logging
 import socket
 import sys
+from dataclasses import asdict
 from typing import Final, NamedTuple
+
+from msgspec.structs import replace
 
 from mixtral_serve import __version__
 from mixtral_serve.api.app import create_app
 from mixtral_serve.api.deps import ApiSettings, Dependencies
 from mixtral_serve.api.server import ServerSettings, bind, serve
+from mixtral_serve.compose.limits import tightest_limit
 from mixtral_serve.compose.plan import ServingPlan, plan_serving, scheduler_config
 from mixtral_serve.contract import ModelInfo
 from mixtral_serve.engine.admission import limit_for
 from mixtral_serve.engine.client import EngineClient
 from mixtral_serve.engine.errors import EXIT_CONFIG
 from mixtral_serve.engine.launch import EngineLaunch
+from mixtral_serve.engine.memory import MemoryGate, MemoryWatch, Watermarks
 from mixtral_serve.engine.watchdog import Watchdog
 from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.observe.logs import RequestLog, configure_logging
+from mixtral_serve.observe.memory import MemoryCollector, MemoryMonitor, PlannedMemory
 from mixtral_serve.observe.metrics import EngineMetrics
 from mixtral_serve.settings import Settings, to_json
 from mixtral_serve.text.chat_template import ChatTemplate, load_chat_template
@@ -44,14 +50,16 @@ ENGINE_ENVIRONMENT: Final = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads would fight the model's
     "HF_HUB_OFFLINE": "1",  # nothing is ever fetched while serving
     "MALLOC_ARENA_MAX": "2",  # freed memory goes back instead of staying in one arena per thread
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",  # of 1024 by default, at about a megabyte each
 }
 
 
 def run_server(settings: Settings) -> int:
     """Serve until a signal. Returns the exit code: 0, 78 for what cannot be served, 1 for an address that is taken."""
     configure_logging(level=settings.log_level.upper(), style=settings.log_format)
+    limit = tightest_limit(settings.memory_cap_bytes)
     try:
-        plan = plan_serving(settings)
+        plan = plan_serving(settings, limit)
         scheduler_config(settings, plan)
         open_checkpoint(plan.checkpoint)
         tokenizer = load_tokenizer(plan.checkpoint)
@@ -65,6 +73,8 @@ def run_server(settings: Settings) -> int:
         listener = bind(listening)
     except OSError as error:
         return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", EXIT_ADDRESS)
+    # The engine plans with what was found here: it must come to the same plan, also when it is started again.
+    settings = replace(settings, memory_cap_bytes=limit.num_bytes)
     return asyncio.run(_serve(settings, plan, tokenizer, chat_template, _Port(listening, listener)))
 
 
@@ -94,12 +104,17 @@ async def _serve(
             hopeless_after_s=HOPELESS_FACTOR * settings.stall_timeout_s,
         ),
     )
+    monitor = MemoryMonitor(planned_memory(plan), engine)
+    metrics.registry.register(MemoryCollector(monitor))
+    marks = Watermarks.below(plan.processes_bytes, plan.demands.allocator_slack)
     dependencies = Dependencies(
         engine=engine,
         tokenizer=tokenizer,
         chat_template=chat_template,
         model_names=plan.model_names,
         render_metrics=metrics.render,
+        memory_report=monitor.report,
+        check_memory=MemoryGate(MemoryWatch(marks, read=monitor.total)).check,
         version=__version__,
         settings=ApiSettings(
             max_n=settings.max_n, max_body_bytes=settings.max_body_bytes, unknown_fields=settings.unknown_fields
@@ -118,6 +133,17 @@ def engine_launch(settings: Settings) -> EngineLaunch:
     """The command of the engine process."""
     return EngineLaunch(
         (sys.executable, "-m", "mixtral_serve.compose.engine", "--settings", to_json(settings)), ENGINE_ENVIRONMENT
+    )
+
+
+def planned_memory(plan: ServingPlan) -> PlannedMemory:
+    """The plan as observers show it."""
+    return PlannedMemory(
+        cap_bytes=plan.memory.cap_bytes,
+        cap_name=plan.memory.cap_name,
+        parts={**asdict(plan.demands), "kv_cache": plan.memory.kv_cache_bytes},
+        api_bytes=plan.demands.api_process,
+        processes_bytes=plan.processes_bytes,
     )
 
 

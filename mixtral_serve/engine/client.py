@@ -31,14 +31,14 @@ from typing import Final, ParamSpec
 from mixtral_serve.contract import ModelInfo
 from mixtral_serve.engine.admission import FinishRate, check_submits, num_waiting
 from mixtral_serve.engine.backoff import RestartBackoff
+from mixtral_serve.engine.ending import ENGINE_DIED, SHUTTING_DOWN, error_of
 from mixtral_serve.engine.errors import (
     EXIT_CONFIG,
     EngineError,
     EngineStartError,
     EngineUnavailable,
+    MemoryPressure,
     QueueFull,
-    RequestFailed,
-    RequestRefused,
 )
 from mixtral_serve.engine.launch import EngineLaunch, EngineProcess
 from mixtral_serve.engine.listener import EngineListener, EngineState
@@ -56,7 +56,6 @@ from mixtral_serve.engine.messages import (
 )
 from mixtral_serve.engine.stream import TokenStream
 from mixtral_serve.engine.watchdog import Health, Watchdog
-from scheduler.errors import MemoryFullError, QueueFullError
 from scheduler.lifecycle import FinishReason
 
 P = ParamSpec("P")
@@ -67,12 +66,6 @@ _SHUTDOWN_GRACE_S: Final = 3.0
 """How long the engine may take to end after ``Shutdown``; a step cannot be interrupted otherwise."""
 _LOADING_RETRY_AFTER_S: Final = 5.0
 _GONE_RETRY_AFTER_S: Final = 30.0
-
-_COME_AGAIN: Final = frozenset({QueueFullError.__name__, MemoryFullError.__name__})
-"""Refusals by the engine that time heals."""
-
-_ENGINE_DIED: Final = "the engine stopped while it worked on the request"
-_SHUTTING_DOWN: Final = "the server is shutting down"
 
 
 class EngineClient:
@@ -193,19 +186,21 @@ class EngineClient:
         """Start requests, all or none. Synchronous; never blocks.
 
         Raises:
-            EngineUnavailable: the engine is loading, restarting, draining or dead.
+            EngineUnavailable: the engine is loading, restarting, draining or dead, or short of memory.
             PromptTooLong, TokenOutOfRange: one of them could never be served.
             QueueFull: too many requests wait.
         """
         if self._state is not EngineState.READY or self._info is None:
             raise self._unavailable()
+        if self._stats.memory.is_under_pressure:
+            raise MemoryPressure
         ids = {request.request_id for request in requests}
         assert len(ids) == len(requests), "request ids are never used twice"
         assert ids.isdisjoint(self._streams), "request ids are never used twice"
         check_submits(requests, self._info)
         num_live = len(self._streams) + len(requests)
         if num_waiting(self._stats, num_live, self._max_num_seqs) > self._max_waiting:
-            raise QueueFull(self._max_waiting, self._finish_rate.retry_after_s(self._clock()))
+            raise self._queue_full()
         now = self._clock()
         streams: list[TokenStream] = []
         for request in requests:
@@ -302,15 +297,11 @@ class EngineClient:
             return EngineUnavailable("restarting", max(self._retry_at_s - now, 0.0) + self._load_s)
         return EngineUnavailable(self._state.value, _GONE_RETRY_AFTER_S)
 
+    def _queue_full(self) -> QueueFull:
+        return QueueFull(self._max_waiting, self._finish_rate.retry_after_s(self._clock()))
+
     def _to_error(self, delta: Delta) -> EngineError:
-        detail = delta.error or ""
-        if delta.refusal in _COME_AGAIN:
-            return QueueFull(self._max_waiting, self._finish_rate.retry_after_s(self._clock()))
-        if delta.refusal is not None:
-            return RequestRefused(detail)
-        if detail in (_ENGINE_DIED, _SHUTTING_DOWN):
-            return RequestFailed(detail, detail=detail, is_retryable=True)
-        return RequestFailed("the request failed in the engine", detail=detail)
+        return error_of(delta, self._queue_full)
 
     # The engine's life
 
@@ -340,7 +331,7 @@ class EngineClient:
             if exit_code == EXIT_CONFIG and self._failed is None:
                 self._failed = Failed(message="the engine cannot start as configured", exit_code=exit_code)
             _log.log(logging.INFO if self._stop_task else logging.ERROR, "the engine ended with code %d", exit_code)
-        self._end_all(_ENGINE_DIED)
+        self._end_all(ENGINE_DIED)
         if self._failed is not None:
             self._set_state(EngineState.DEAD)
         return self._failed is None and self._stop_task is None
@@ -363,7 +354,7 @@ class EngineClient:
 
     async def _shut_down(self, was_ready: bool) -> None:
         await self._drained()
-        self._end_all(_SHUTTING_DOWN)
+        self._end_all(SHUTTING_DOWN)
         self._is_closed = True
         if self._tasks:
             supervisor, watcher = self._tasks
@@ -394,5 +385,5 @@ class EngineClient:
         if self._process is not None:
             self._process.kill()
         self._failed = Failed(message="the engine's supervision failed", exit_code=1)
-        self._end_all(_ENGINE_DIED)
+        self._end_all(ENGINE_DIED)
         self._set_state(EngineState.DEAD)

@@ -11,6 +11,9 @@ Owns the ``Scheduler``, the ``Runner`` and the outputs, and is where a step happ
 No thread, no loop, no I/O, no clock but the one it is given. The same core runs inside the engine process and
 in tests.
 
+Between steps it looks at memory (``MemoryWatch``): under pressure cached prefixes that nobody holds are forgotten, and
+what is submitted is refused.
+
 Invariants: every ``Submit`` is answered by exactly one delta with a finish reason, and nothing about it
 follows. What goes wrong with one request (its admission, its text, its logits) ends that request; what goes
 wrong with a step ends the requests of that step. A defect of the scheduler (``ProtocolError`` and its kin) is
@@ -30,10 +33,12 @@ from typing import Final
 
 from mixtral_serve.contract import ModelInfo, RunBatch, Runner, SamplingParams
 from mixtral_serve.engine.admission import check_token_ids, decode_prompt
-from mixtral_serve.engine.errors import RequestRefused
-from mixtral_serve.engine.messages import Cancel, EngineStats, Shutdown, StepTiming, Submit, Tick
+from mixtral_serve.engine.errors import MemoryPressure, RequestRefused
+from mixtral_serve.engine.memory import MemoryWatch
+from mixtral_serve.engine.messages import Cancel, EngineMemory, EngineStats, Shutdown, StepTiming, Submit, Tick
 from mixtral_serve.engine.outputs import Outputs
 from mixtral_serve.text.detokenizer import TokenBytes
+from scheduler.accountant import logprob_bytes
 from scheduler.errors import AdmissionError
 from scheduler.events import Admitted, Event, Finished, Preempted, PrefixHit, TokensCommitted
 from scheduler.lifecycle import FinishReason
@@ -56,12 +61,15 @@ class EngineCore:
         runner: Runner,
         table: TokenBytes,
         *,
+        memory: MemoryWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
         max_failed_steps: int = 16,
     ) -> None:
-        """``max_failed_steps``: after so many failed steps in a row the runner counts as broken."""
+        """``memory`` None: nobody watches it. ``max_failed_steps``: after so many failed steps in a row the runner
+        counts as broken."""
         self._scheduler = scheduler
         self._runner = runner
+        self._memory = memory
         self._clock = clock
         self._outputs = Outputs(table)
         self._sampling: dict[RequestId, SamplingParams] = {}
@@ -72,11 +80,19 @@ class EngineCore:
         self._num_failed_in_a_row = 0
         self._num_idle_in_a_row = 0
         self._is_shut_down = False
+        self._has_news = False
 
     @property
     def has_work(self) -> bool:
         """Whether ``tick`` has anything to do or to say."""
-        return self._scheduler.has_work or self._outputs.has_deltas
+        return self._scheduler.has_work or self._outputs.has_deltas or self._has_news
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long ``tick`` need not be called, as things are; None: until a command comes."""
+        if self.has_work:
+            return 0.0
+        return self._memory.period_s if self._memory is not None and self._memory.is_under_pressure else None
 
     @property
     def is_shut_down(self) -> bool:
@@ -106,13 +122,24 @@ class EngineCore:
         Raises:
             SchedulerError: a defect; the engine must not go on.
         """
+        if self._memory is not None and self._memory.observe(self._clock(), shed=self._scheduler.drop_unheld_prefixes):
+            self._has_news = True
+            _log.warning("memory: %s", "pressure, requests are refused" if self._is_pressed else "pressure is over")
         if not self.has_work:
             return None
+        self._has_news = False
         timing = self._step() if self._scheduler.has_work else None
         deltas = self._outputs.take()
         return Tick(deltas=deltas, stats=self._stats(), timing=timing)
 
+    @property
+    def _is_pressed(self) -> bool:
+        return self._memory is not None and self._memory.is_under_pressure
+
     def _submit(self, submit: Submit) -> None:
+        if self._is_pressed:
+            self._outputs.refuse(submit.request_id, "memory pressure", MemoryPressure.__name__)
+            return
         try:
             request = self._request(submit)
             output = self._outputs.prepare(submit, request.stop)
@@ -150,6 +177,7 @@ class EngineCore:
             cache_salt=submit.cache_salt,
             deadline_s=submit.deadline_s,
             prompt_logprobs=submit.sampling.prompt_logprobs is not None,
+            extra_bytes=_logprob_bytes(len(prompt), submit),
         )
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:
@@ -189,6 +217,8 @@ class EngineCore:
             self._num_failed_in_a_row += 1
             self._counters.num_failed_steps += 1
             _log.exception("step %d with %d requests failed", plan.step_id, len(plan.slices))
+            if self._memory is not None:  # nearly every way to run out of memory ends here
+                self._memory.relieve(self._clock())
             return StepResult.failed(plan, f"the step failed: {type(error).__name__}")
         self._num_failed_in_a_row = 0
         return result
@@ -220,7 +250,16 @@ class EngineCore:
             num_generation_tokens=counters.num_generation_tokens,
             num_steps=now.num_steps,
             num_failed_steps=counters.num_failed_steps,
+            reserved_bytes=now.num_reserved_bytes,
+            memory=EngineMemory() if self._memory is None else self._memory.state,
         )
+
+
+def _logprob_bytes(num_prompt_tokens: int, submit: Submit) -> int:
+    """What the log-probabilities that ``submit`` asks for may weigh until its client has read them."""
+    of_prompt, of_output = submit.sampling.prompt_logprobs, submit.sampling.logprobs
+    prompt_bytes = 0 if of_prompt is None else logprob_bytes(num_prompt_tokens, 0, of_prompt)
+    return prompt_bytes + logprob_bytes(0, submit.max_tokens, of_output or 0)
 
 
 class _Counters:

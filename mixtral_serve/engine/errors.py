@@ -6,6 +6,7 @@
     │   ├── TokenOutOfRange           a token id the model does not have
     │   └── QueueFull                 too many requests wait; try again later
     ├── EngineUnavailable         the server's own state: loading, restarting, draining, dead
+    │   └── MemoryPressure            memory is nearly used up; requests are taken again when there is some
     ├── EngineStartError          the engine cannot start as configured; a restart would not help
     └── RequestFailed             accepted, then ended by an error or by the death of the engine
 
@@ -18,6 +19,9 @@ from typing import Final
 
 EXIT_CONFIG: Final = 78
 """Exit code of an engine that cannot start as configured (``EX_CONFIG``); restarting would not help."""
+
+PRESSURE_RETRY_AFTER_S: Final = 10.0
+"""A running request or two have ended by then, and what can be given back has been."""
 
 
 class EngineError(Exception):
@@ -68,6 +72,13 @@ class EngineUnavailable(EngineError):
         super().__init__(f"the engine is not available: {reason}")
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class MemoryPressure(EngineUnavailable):
+    """Memory is nearly used up although all was planned; new requests wait until some was given back."""
+
+    def __init__(self, retry_after_s: float = PRESSURE_RETRY_AFTER_S) -> None:
+        super().__init__("memory pressure", retry_after_s)
 
 
 class EngineStartError(EngineError):

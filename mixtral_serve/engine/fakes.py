@@ -33,7 +33,9 @@ import msgspec
 
 from mixtral_serve.contract import ModelInfo, RunBatch, SamplingParams
 from mixtral_serve.engine.errors import EngineStartError
+from mixtral_serve.engine.memory import MemoryWatch, Watermarks, limit_data
 from mixtral_serve.engine.process import EngineParts, run_engine
+from mixtral_serve.machine import process_memory
 from mixtral_serve.text.detokenizer import TokenBytes
 from mixtral_serve.text.tokenizer import load_tokenizer
 from scheduler.accountant import MemoryAccountant
@@ -63,6 +65,8 @@ class Fault(Enum):
     """The process ends on the spot with ``exit_code``."""
     HANG = "hang"
     """The step does not come back."""
+    ALLOCATE = "allocate"
+    """The step asks for ``allocate_bytes`` of memory and fails if it does not get them."""
 
 
 class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +108,11 @@ class FakeScript(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     poison: dict[int, Fault] = {}
     """By token id: what a request with this token in its prompt causes in the step that has all of its prompt."""
     exit_code: int = 3
+    allocate_bytes: int = 1 << 30
+    data_headroom_bytes: int | None = None
+    """How much private writable memory the process may take beyond what it has when it is built; None: no limit."""
+    high_water_bytes: int | None = None
+    """From so much memory on the process is under pressure; None: nobody watches."""
 
 
 def _wait_for_ever() -> None:
@@ -248,6 +257,8 @@ class FakeRunner:
             os._exit(self.script.exit_code)
         if fault is Fault.HANG:
             self._hang()
+        if fault is Fault.ALLOCATE:
+            bytearray(self.script.allocate_bytes)
 
 
 def byte_vocabulary() -> TokenBytes:
@@ -322,7 +333,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--script", default="{}", help="a FakeScript as JSON")
     options = parser.parse_args(arguments)
     script = msgspec.json.decode(options.script, type=FakeScript)
-    return run_engine(socket.socket(fileno=options.fd), lambda: fake_parts(script))
+
+    def build() -> EngineParts:
+        parts = fake_parts(script)
+        memory = process_memory()
+        if script.data_headroom_bytes is not None and memory is not None:
+            limit_data(memory.data_bytes + script.data_headroom_bytes)
+        high_bytes = script.high_water_bytes
+        return parts if high_bytes is None else parts._replace(memory=MemoryWatch(Watermarks(high_bytes, high_bytes)))
+
+    return run_engine(socket.socket(fileno=options.fd), build)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,18 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     embedding: tuple[float, ...] | None = None
 
 
+class EngineMemory(msgspec.Struct, frozen=True):
+    """The engine process's memory as it last looked, in bytes."""
+
+    anon_bytes: int = 0
+    data_bytes: int = 0
+    """Private writable mappings: what ``RLIMIT_DATA`` counts."""
+    peak_anon_bytes: int = 0
+    is_under_pressure: bool = False
+    """New requests are refused until some memory was given back."""
+    num_sheddings: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot after a tick. Counters run from the start of the engine process."""
 
@@ -102,6 +114,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_generation_tokens: int = 0
     num_steps: int = 0
     num_failed_steps: int = 0
+    reserved_bytes: int = 0
+    """What is set aside for the structures of live requests, on both sides."""
+    memory: EngineMemory = EngineMemory()
 
 
 class StepTiming(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ from typing import Final, NamedTuple
 from mixtral_serve.contract import Runner
 from mixtral_serve.engine.core import EngineCore, model_info
 from mixtral_serve.engine.errors import EXIT_CONFIG, EngineStartError
+from mixtral_serve.engine.memory import MemoryWatch
 from mixtral_serve.engine.messages import Failed, Outbox, Ready, decode_inbox, encode
 from mixtral_serve.engine.transport import EngineSocket
 from mixtral_serve.text.detokenizer import TokenBytes
@@ -49,6 +50,7 @@ class EngineParts(NamedTuple):
     runner: Runner
     scheduler: Scheduler
     token_bytes: TokenBytes
+    memory: MemoryWatch | None = None
 
 
 def run_engine(
@@ -68,7 +70,9 @@ def run_engine(
         return _cannot_start(connection, error.message, error.exit_code)
     except (ConfigError, PlanError) as error:
         return _cannot_start(connection, str(error), EXIT_CONFIG)
-    core = EngineCore(parts.scheduler, parts.runner, parts.token_bytes, clock=clock)
+    except MemoryError:
+        return _cannot_start(connection, "loading the model takes more memory than planned", EXIT_CONFIG)
+    core = EngineCore(parts.scheduler, parts.runner, parts.token_bytes, memory=parts.memory, clock=clock)
     _send(connection, Ready(info=model_info(parts.runner, parts.scheduler), load_s=clock() - started_s))
     return serve(connection, core)
 
@@ -81,7 +85,7 @@ def serve(connection: EngineSocket, core: EngineCore) -> int:
         FrameError, msgspec.ValidationError: the other side does not speak our protocol.
     """
     while True:
-        for payload in connection.poll(0.0 if core.has_work else None):
+        for payload in connection.poll(core.wait_s):
             core.handle(decode_inbox(payload).commands)
         if not connection.is_open:
             _log.info("the API process is gone, the engine ends")

@@ -22,7 +22,7 @@ GOOD = {
     CHAT: {"model": "tiny", "messages": [{"role": "user", "content": "x"}]},
     "/v1/completions": {"model": "tiny", "prompt": "x"},
 }
-GET_PATHS = ["/v1/models", "/v1/models/tiny", "/livez", "/readyz", "/health", "/version", "/metrics"]
+GET_PATHS = ["/v1/models", "/v1/models/tiny", "/livez", "/readyz", "/health", "/version", "/metrics", "/memory"]
 LEAKS = re.compile(rb'0x[0-9a-f]{6,}|File "|/home|/work|Traceback|site-packages')
 
 
@@ -121,7 +121,7 @@ def test_row27_an_unforeseen_error_anywhere_is_a_500_in_the_envelope(api: Any, p
     class BrokenEngine:
         state = is_ready = info = property(broken)
 
-    deps = replace(api.deps, engine=BrokenEngine(), render_metrics=broken)
+    deps = replace(api.deps, engine=BrokenEngine(), render_metrics=broken, memory_report=broken)
     reply = type(api)(create_app(deps), api.engine, deps).call("GET", path)
     if path in ("/livez", "/version"):
         assert reply.status == 200, "they ask nobody"

@@ -20,6 +20,7 @@ from mixtral_serve.engine.core import EngineCore
 from mixtral_serve.engine.fakes import FakeRunner, FakeScript, byte_ids, fake_parts
 from mixtral_serve.engine.launch import EngineLaunch
 from mixtral_serve.engine.listener import EngineState
+from mixtral_serve.engine.memory import MemoryWatch
 from mixtral_serve.engine.messages import Cancel, Delta, Submit, Tick
 from mixtral_serve.text.detokenizer import TokenBytes
 from scheduler.invariants import check
@@ -38,14 +39,24 @@ class Driver:
     """Drives a core step by step, collects its deltas and checks the laws that hold between steps."""
 
     def __init__(
-        self, script: FakeScript | None = None, *, runner: Runner | None = None, table: TokenBytes | None = None
+        self,
+        script: FakeScript | None = None,
+        *,
+        runner: Runner | None = None,
+        table: TokenBytes | None = None,
+        memory: MemoryWatch | None = None,
     ) -> None:
         parts = fake_parts(script or FakeScript())
         self.scheduler = parts.scheduler
         self.runner = runner or parts.runner
         self.now = 0.0
         self.core = EngineCore(
-            parts.scheduler, self.runner, table or parts.token_bytes, clock=lambda: self.now, max_failed_steps=3
+            parts.scheduler,
+            self.runner,
+            table or parts.token_bytes,
+            memory=memory,
+            clock=lambda: self.now,
+            max_failed_steps=3,
         )
         self.deltas: dict[str, list[Delta]] = {}
         self.last_tick: Tick | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import msgspec
@@ -14,37 +13,6 @@ from mixtral_serve.compose.server import greeting
 from mixtral_serve.contract import ModelInfo
 from mixtral_serve.settings import Settings
 from scheduler.errors import PlanError
-
-MIXTRAL_8X7B = {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-05,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "bfloat16",
-}
-
-
-@pytest.fixture
-def mixtral_8x7b(tmp_path: Path) -> Path:
-    """The configuration of Mixtral-8x7B, without its weights."""
-    directory = tmp_path / "Mixtral-8x7B"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
-    return directory
 
 
 def test_the_demo_model_is_planned_within_the_default_cap() -> None:
@@ -87,12 +55,25 @@ def test_the_cache_seed_is_new_each_time() -> None:
     assert scheduler_config(Settings(), plan).cache_seed != scheduler_config(Settings(), plan).cache_seed
 
 
-def test_the_doctor_warns_when_the_machine_has_less_memory_than_planned(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  1000 kB\nMemAvailable:  1000 kB\n")
+def meminfo_of(path: Path, *, total_bytes: int, available_bytes: int) -> Path:
+    path.write_text(f"MemTotal:  {total_bytes // 1024} kB\nMemAvailable:  {available_bytes // 1024} kB\n")
+    return path
+
+
+def test_the_doctor_warns_when_the_machine_has_less_memory_left_than_planned(tmp_path: Path) -> None:
+    meminfo = meminfo_of(tmp_path / "meminfo", total_bytes=64_000_000_000, available_bytes=1_000_000)
     report = examine(Settings(port=0, threads=1), meminfo=meminfo)
     assert {finding.subject for finding in report.findings if finding.verdict == "warning"} == {"machine memory"}
     assert report.exit_code == 0
+
+
+def test_row49_the_doctor_fails_where_the_machine_is_too_small(tmp_path: Path) -> None:
+    meminfo = meminfo_of(tmp_path / "meminfo", total_bytes=1_000_000_000, available_bytes=900_000_000)
+    report = examine(Settings(port=0, threads=1), meminfo=meminfo)
+    (failure,) = [finding for finding in report.findings if finding.verdict == "failure"]
+    assert failure.subject == "memory plan"
+    assert "memory of this machine, less a reserve" in failure.detail
+    assert report.exit_code == 78
 
 
 def test_the_greeting_shows_a_curl_command_whose_body_is_json() -> None:
