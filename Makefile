@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Index of PyTorch's CPU builds, for people whose pip would otherwise find a CUDA build. Empty: pip's own.
 TORCH_INDEX ?=
+# Processes that run tests side by side.
+TEST_JOBS ?= 2
 # Flags for the server, as in: make serve ARGS="--port 8000"
 ARGS ?=
 
@@ -23,7 +25,7 @@ export OMP_WAIT_POLICY := PASSIVE
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo '  Variables: PYTHON (the interpreter), TORCH_INDEX (an index with CPU builds of PyTorch), ARGS (server flags)'
+	@echo '  Variables: PYTHON (the interpreter), TORCH_INDEX (an index with CPU builds of PyTorch), ARGS (server flags), TEST_JOBS'
 
 serve: $(SERVE_STAMP) ## install what is needed and serve the demo model on 127.0.0.1:11400
 	@$(BIN)/mixtral-serve serve --config configs/demo.toml $(ARGS)
@@ -32,14 +34,14 @@ install: $(DEV_STAMP) ## install into .venv, with everything for development
 
 test: $(DEV_STAMP) lint ## linters, types, floors and all tests with coverage (under 20 minutes)
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=
 	@$(BIN)/python -m coverage report --skip-covered --skip-empty
 	@$(BIN)/python -m coverage report --include='scheduler/*' --fail-under=100 --format=total > /dev/null \
 		|| { echo 'scheduler/ must be covered completely:'; \
 		     $(BIN)/python -m coverage report --include='scheduler/*' --show-missing --skip-covered; exit 1; }
 
 check: $(DEV_STAMP) lint ## the quick cut: everything but the slow tests (under 3 minutes)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m 'not slow'
 
 lint: $(DEV_STAMP) ## ruff, mypy --strict and the floors
 	$(BIN)/ruff check

@@ -38,7 +38,7 @@ def top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     for length in _TOP_CHUNKS:
         if values.shape[1] // length <= k:  # every chunk may matter
             break
-        kept = values.unflatten(1, (-1, length)).amax(dim=-1).topk(k, sorted=False).indices
+        kept = values.reshape(values.shape[0], -1, length).amax(dim=-1).topk(k, sorted=False).indices
         rows = torch.arange(values.shape[0]).unsqueeze(1) * (values.shape[1] // length)
         values = values.reshape(-1, length).index_select(0, (kept + rows).flatten()).view(values.shape[0], -1)
         here = (kept.unsqueeze(2) * length + torch.arange(length)).flatten(1)
