@@ -21,6 +21,7 @@ import functools
 import json
 import statistics
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ from mixtral_serve.kernels.machine_limits import multiply_registers, read_memory
 from mixtral_serve.kernels.names import BackendName
 from mixtral_serve.kernels.native import Isa, best_isa, limited_to
 from mixtral_serve.kernels.registry import BACKENDS
+from mixtral_serve.model.native_attention import native_step
+from mixtral_serve.model.native_kv_cache import NativeKVCache
+from mixtral_serve.model.shape import KVDtype, ModelShape
+from scheduler.plan import ScheduledSlice
+from scheduler.request import BlockId, RequestId
 
 HIDDEN: Final = 4096
 INTERMEDIATE: Final = 14336
@@ -44,6 +50,21 @@ NUM_ROWS: Final = (1, 4, 16, 64, 256)
 KINDS: Final[tuple[Kind, ...]] = ("int4", "int8")
 DEFAULT_BACKENDS: Final[tuple[BackendName, ...]] = ("native", "torch")
 """``reference`` can be asked for; it is the oracle and takes seconds per call."""
+CONTEXT: Final = 32768
+"""Tokens of keys and values that attention reads, all rows together."""
+BLOCK_SIZE: Final = 16
+ATTENTION_SHAPE: Final = ModelShape(
+    vocab_size=32000,
+    hidden_size=HIDDEN,
+    intermediate_size=INTERMEDIATE,
+    num_layers=1,
+    num_query_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    num_experts=NUM_EXPERTS,
+    num_experts_per_token=TOP_K,
+    max_model_len=CONTEXT,
+)
 NUM_COPIES: Final = 4
 """Matrices a linear takes in turns: together they are larger than a cache, as a model's are."""
 FILL: Final = 1 << 20
@@ -164,11 +185,47 @@ def experts_cases(kind: Kind, chosen: Sequence[BackendName]) -> Iterator[Case]:
             )
 
 
+def attention_cases(dtype: KVDtype, chosen: Sequence[BackendName]) -> Iterator[Case]:
+    """One layer's decodes; rows share ``CONTEXT`` tokens of keys and values, so that all cases read as much.
+
+    The fp32 products are not counted: the peak is that of integers.
+    """
+    if "native" not in chosen or BACKENDS["native"]().missing("int8") is not None:
+        return
+    shape = ATTENTION_SHAPE
+    cache = NativeKVCache(shape, num_blocks=CONTEXT // BLOCK_SIZE + 1, block_size=BLOCK_SIZE, dtype=dtype)
+    for num_rows in NUM_ROWS:
+        length = CONTEXT // num_rows
+        slices = []
+        for row in range(num_rows):
+            first = 1 + row * length // BLOCK_SIZE
+            table = [BlockId(block) for block in range(first, first + length // BLOCK_SIZE)]
+            tokens = array("i", [1]) * length
+            slices.append((row, ScheduledSlice(RequestId(f"r{row}"), length - 1, 1, tokens, table, 1, True, 0)))
+        slots = array("q", (part.block_table[-1] * BLOCK_SIZE + BLOCK_SIZE - 1 for _, part in slices))
+        step = native_step(cache, slices, slots, sliding_window=None)
+        heads = (shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads)
+        queries, keys, values = (torch.randn(num_rows, num, shape.head_dim) for num in heads)
+        for isa in sorted((isa for isa in Isa if isa <= best_isa()), reverse=True):
+            yield Case(
+                kernel=f"attention_{dtype}",
+                backend=f"native ({isa.name.lower()})",
+                num_rows=num_rows,
+                isa=isa,
+                run=functools.partial(step.attend, 0, (queries, keys, values), shape.head_dim**-0.5, None),
+                num_bytes=cache.num_bytes,
+                num_operations=0,
+                reads=[cache.keys.view(torch.uint8), cache.values.view(torch.uint8)],
+            )
+
+
 SUITES: Final[dict[str, Callable[[Sequence[BackendName]], Iterator[Case]]]] = {
     "linear_int4": functools.partial(linear_cases, "int4"),
     "linear_int8": functools.partial(linear_cases, "int8"),
     "experts_int4": functools.partial(experts_cases, "int4"),
     "experts_int8": functools.partial(experts_cases, "int8"),
+    "attention_bf16": functools.partial(attention_cases, "bf16"),
+    "attention_int8": functools.partial(attention_cases, "int8"),
 }
 """Every kernel's cases; a suite's memory is free when it ends."""
 

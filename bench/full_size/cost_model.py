@@ -62,7 +62,8 @@ class CostModel:
 
     def seconds(self, work: Work) -> float:
         """Of one step in the runner."""
-        reading, computing, *others = (self.seconds_per[name] * getattr(work, name) for name in FITTED)
+        amounts = zip(FITTED, work[1:], strict=True)
+        reading, computing, *others = (self.seconds_per[name] * amount for name, amount in amounts)
         products: float = (reading**self.overlap + computing**self.overlap) ** (1 / self.overlap)
         return self.fixed.step_s + self.fixed.layer_s * work.layers + products + sum(others)
 

@@ -149,8 +149,8 @@ class PieceKernel {
       read_keys(tile, begin, end);
       for (int64_t row = 0; row < piece_.num_rows; row += kMaxRows) {
         const int64_t rows = lesser(kMaxRows, piece_.num_rows - row);
-        product_of(rows, work_.queries + row * dim_, dim_, work_.tile, kTileKeys, dim_, work_.weights + row * kTileKeys,
-                   kTileKeys, kTileKeys, true);
+        product_of(rows, work_.queries + row * dim_, dim_, work_.tile, kTileKeys, kLanes, dim_,
+                   work_.weights + row * kTileKeys, kTileKeys, kTileKeys, true);
       }
       read_values(tile, begin, end);
     }
@@ -218,26 +218,29 @@ class PieceKernel {
     const float* weights = work_.weights + row * kTileKeys - tile;
     if (!is_direct_) {
       const float* values = work_.tile + (from - tile) * padded_;
-      product_of(rows, weights + from, kTileKeys, values, padded_, to - from, part, stride_, padded_, false);
+      product_of(rows, weights + from, kTileKeys, values, padded_, kLanes, to - from, part, stride_, padded_, false);
       return;
     }
     for (int64_t at = from; at < to; at = at / kLanes * kLanes + kLanes) {
       const int64_t num = lesser(to, at / kLanes * kLanes + kLanes) - at;
-      product_of(rows, weights + at, kTileKeys, values_at(at), dim_, num, part, stride_, dim_, false);
+      product_of(rows, weights + at, kTileKeys, values_at(at), dim_, kLanes, num, part, stride_, dim_, false);
     }
   }
 
-  // Scores straight from the storage, sixteen keys at a time; meanwhile memory is asked for what comes next.
+  // Scores straight from the storage; meanwhile memory is asked for what comes next.
   void score_directly(int64_t tile, int64_t begin, int64_t end) {
-    for (int64_t at = begin / kLanes * kLanes; at < end; at += kLanes) {
+    const int64_t first = begin / kLanes * kLanes;
+    for (int64_t at = first; at < end; at += kLanes) {
       const char* values = reinterpret_cast<const char*>(values_at(at));
       const int64_t bytes = kLanes * dim_ * static_cast<int64_t>(sizeof(Element));
       for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
       for (int64_t i = 0; i < kLanes; ++i) prefetch_keys(at + kTileKeys + i);
-      const int64_t size = call_.block_size;
-      product_of(piece_.num_rows, work_.queries, dim_, keys_at(at), size, dim_, work_.weights + (at - tile), kTileKeys,
-                 kLanes, true);
     }
+    const Element* keys = keys_at(first);
+    const bool is_pair = first + kLanes < end;
+    const int64_t step = is_pair ? keys_at(first + kLanes) - keys : 0;
+    product_of(piece_.num_rows, work_.queries, dim_, keys, call_.block_size, step, dim_, work_.weights + (first - tile),
+               kTileKeys, is_pair ? kTileKeys : kLanes, true);
   }
 
   // Vectors of kLanes elements in a cache line.

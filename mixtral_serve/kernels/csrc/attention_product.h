@@ -22,10 +22,11 @@ inline float one_as(uint16_t from) {
   return value;
 }
 
-// c[rows][lanes] (+)= a[rows][depth] * b[depth][lanes], each element one chain over the depth, ascending.
+// c[rows][lanes] (+)= a[rows][depth] * b[depth][lanes], each element one chain over the depth, ascending. Sixteen lanes of
+// b lie side by side, the next sixteen `b_step` further.
 template <int kRows, int kWidth, typename Element>
-inline void product(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t depth, float* c,
-                    int64_t c_stride, bool from_zero) {
+inline void product(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t b_step, int64_t depth,
+                    float* c, int64_t c_stride, bool from_zero) {
   Lanes sums[kRows][kWidth];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -35,7 +36,7 @@ inline void product(const float* a, int64_t a_stride, const Element* b, int64_t 
   for (int64_t i = 0; i < depth; ++i) {
     Lanes column[kWidth];
 #pragma GCC unroll 8
-    for (int w = 0; w < kWidth; ++w) column[w] = load_as(b + i * b_stride + w * kLanes);
+    for (int w = 0; w < kWidth; ++w) column[w] = load_as(b + i * b_stride + w * b_step);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Lanes factor = broadcast(a[r * a_stride + i]);
@@ -51,26 +52,26 @@ inline void product(const float* a, int64_t a_stride, const Element* b, int64_t 
 }
 
 // The same for any width (a multiple of kLanes), as many lanes at a time as the registers hold.
-template <int kRows, typename Element>
-inline void wide_product(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t depth, float* c,
-                         int64_t c_stride, int64_t width, bool from_zero) {
-  constexpr int kWidth = registers_wide(kRows);
-  int64_t at = 0;
-  for (; at + kWidth * kLanes <= width; at += kWidth * kLanes) {
-    product<kRows, kWidth>(a, a_stride, b + at, b_stride, depth, c + at, c_stride, from_zero);
+template <int kRows, int kWidth, typename Element>
+inline void wide_product(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t b_step,
+                         int64_t depth, float* c, int64_t c_stride, int64_t width, bool from_zero) {
+  for (; width >= kWidth * kLanes; width -= kWidth * kLanes) {
+    product<kRows, kWidth>(a, a_stride, b, b_stride, b_step, depth, c, c_stride, from_zero);
+    b += kWidth * b_step;
+    c += kWidth * kLanes;
   }
-  for (; at < width; at += kLanes) {
-    product<kRows, 1>(a, a_stride, b + at, b_stride, depth, c + at, c_stride, from_zero);
+  if constexpr (kWidth > 1) {
+    wide_product<kRows, kWidth / 2>(a, a_stride, b, b_stride, b_step, depth, c, c_stride, width, from_zero);
   }
 }
 
 template <int kRows = kMaxRows, typename Element>
 inline void product_of(int64_t rows, const float* a, int64_t a_stride, const Element* b, int64_t b_stride,
-                       int64_t depth, float* c, int64_t c_stride, int64_t width, bool from_zero) {
+                       int64_t b_step, int64_t depth, float* c, int64_t c_stride, int64_t width, bool from_zero) {
   if (rows == kRows) {
-    wide_product<kRows>(a, a_stride, b, b_stride, depth, c, c_stride, width, from_zero);
+    wide_product<kRows, registers_wide(kRows)>(a, a_stride, b, b_stride, b_step, depth, c, c_stride, width, from_zero);
   } else if constexpr (kRows > 1) {
-    product_of<kRows - 1>(rows, a, a_stride, b, b_stride, depth, c, c_stride, width, from_zero);
+    product_of<kRows - 1>(rows, a, a_stride, b, b_stride, b_step, depth, c, c_stride, width, from_zero);
   }
 }
 

@@ -3,17 +3,18 @@
 //
 // Numerics, the same for every implementation, bit for bit:
 //   rows     symmetric 8 bits, each row on its own: scale = absmax / 127, q = round_to_even(x * (127 / absmax)).
-//            A row of zeros (or of numbers so small that 127 / absmax is not finite) has q = 0 and scale 0; a row with
-//            NaN
-//            or infinity has q = 0 and scale NaN, so that all its results are NaN and those of its neighbours are not.
+//            A row of zeros (or of numbers so small that 127 / absmax is not finite) has q = 0 and scale 0; a row
+//            with NaN or infinity has q = 0 and scale NaN: all its results are NaN, and none of its neighbours'.
 //   int8     y = (float(sum over all columns) * weight_scale) * row_scale
 //   int4     acc = fma(float(sum of the group), group_scale, acc), groups ascending from acc = 0; y = acc * row_scale
 // Sums are 32-bit integers and exact. Weights are stored with an offset (128, 8): the sum starts at -offset * (sum of
 // the row's integers), which is made once when the row is quantised.
 //
 // Outputs lie in the lanes of a vector, so that no sum is ever split; a block of rows shares every weight that was
-// loaded. Rejected: columns in the lanes (one horizontal sum per output and row); int4 unpacked to int8 in memory
-// (twice the bytes).
+// loaded.
+//
+// Rejected: columns in the lanes (one horizontal sum per output and row); int4 unpacked to int8 in memory (twice the
+// bytes).
 #pragma once
 
 #include <cstdint>
