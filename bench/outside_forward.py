@@ -46,6 +46,7 @@ _PROMPT_TOKENS: Final = 64
 
 SAMPLINGS: Final = {
     "greedy": SamplingParams(temperature=0.0),
+    "plain": SamplingParams(temperature=1.0, seed=1),
     "sampled": SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=1),
 }
 _SHAPE: Final = ModelShape(

@@ -23,6 +23,7 @@ from hashlib import blake2b
 from typing import Final
 
 import torch
+from torch.nn import functional
 
 from mixtral_serve.contract import SamplingParams, TokenMask
 from mixtral_serve.model.likeliest import largest, top
@@ -33,6 +34,10 @@ NON_FINITE: Final = "the model produced logits that are not finite"
 
 _NUM_CANDIDATES: Final = 64
 """Most likely tokens that are looked at first; rows that keep more are sorted in full."""
+_DRAW_CHUNK: Final = 256
+"""Tokens whose shares are added up before it is decided among which of them to draw."""
+_LEAST_TEMPERATURE: Final = 1e-30
+"""A smaller one is not distinguishable from it, and would be 0 in fp32."""
 _MASK_64: Final = (1 << 64) - 1
 
 
@@ -131,8 +136,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     tokens = torch.zeros(len(rows), dtype=torch.int64)
     plain = [i for i, row in enumerate(rows) if not _filters(row.params)]
     if plain:
-        weights = _weights(_take(logits, plain), [rows[i].params for i in plain])
-        tokens[plain] = _invert(weights, order[plain])
+        tokens[plain] = _draw_plain(_take(logits, plain), [rows[i].params for i in plain], order[plain])
     filtered = [i for i, row in enumerate(rows) if _filters(row.params)]
     if filtered:
         params = [rows[i].params for i in filtered]
@@ -150,6 +154,25 @@ def _weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Te
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64).unsqueeze(1)
     exact = logits.double()
     return (exact - exact.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
+
+
+def _draw_plain(logits: torch.Tensor, params: Sequence[SamplingParams], draws: torch.Tensor) -> torch.Tensor:
+    """[rows]: tokens drawn from the whole vocabulary: first a chunk of it by its share, then a token of the chunk.
+
+    The shares come from ``softmax``, the one exponential of PyTorch that treats a row alike wherever it stands.
+    """
+    temperatures = torch.tensor([max(p.temperature, _LEAST_TEMPERATURE) for p in params]).unsqueeze(1)
+    below_peak = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
+    shares = functional.pad(below_peak.softmax(dim=-1), (0, -logits.shape[1] % _DRAW_CHUNK))
+    chunks = shares.view(len(params), -1, _DRAW_CHUNK)
+    sums = chunks.sum(dim=-1).double()
+    chunk = _invert(sums, draws)
+    rows = torch.arange(len(params))
+    reached = sums.cumsum(dim=-1)
+    inside = draws.squeeze(1) * reached[:, -1] - (reached[rows, chunk] - sums[rows, chunk])
+    weights = chunks[rows, chunk].double()
+    share = (inside / weights.sum(dim=-1)).clamp_(0, 1).unsqueeze(1)
+    return chunk * _DRAW_CHUNK + _invert(weights, share)
 
 
 def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
