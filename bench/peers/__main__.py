@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--work-dir", type=Path, default=ENVIRONMENTS / "work", help="models and logs (default: build/peers/work)")
     add("--environments", type=Path, default=ENVIRONMENTS, help="where the peers are installed (default: build/peers)")
     add("--lock", type=Path, metavar="FILE", help="hold this file's lock while measuring, as flock(1) does")
-    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    add("--json", type=Path, metavar="FILE", help="write the figures here, after every round")
     add("--plot", type=Path, metavar="FILE", help="draw them here (PNG)")
     return parser
 
@@ -104,12 +104,26 @@ def _run(options: argparse.Namespace, plan: Plan, entries: Sequence[Entry]) -> R
     fleet = Fleet(launcher.start, staying)
     try:
         results = measure(
-            plan, ready, fleet, read_bandwidth=lambda: read_bandwidth(options.threads), lock=options.lock, note=_note
+            plan,
+            ready,
+            fleet,
+            read_bandwidth=lambda: read_bandwidth(options.threads),
+            lock=options.lock,
+            note=_note,
+            on_round=lambda so_far: _write(options, plan, entries, so_far),
         )
     finally:
         fleet.close()
     results.failures |= unready | refused
+    _write(options, plan, entries, results)
     return results
+
+
+def _write(options: argparse.Namespace, plan: Plan, entries: Sequence[Entry], results: Results) -> None:
+    """The figures so far, if a file for them was named."""
+    if options.json is not None:
+        found = _facts(options) | figures(plan, entries, results)
+        options.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 def _free_memory_bytes() -> int:
@@ -148,9 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = _run(options, plan, entries)
     print(table(plan, entries, results))
-    if options.json is not None:
-        found = _facts(options) | figures(plan, entries, results)
-        options.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     if options.plot is not None:
         title = f"Mixtral of true width, {options.layers} layers, {options.threads} threads, {Machine.this().cpu}"
         draw(options.plot, plan, entries, results, title=title)

@@ -111,6 +111,7 @@ def measure(
     read_bandwidth: Callable[[], float],
     lock: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
+    on_round: Callable[[Results], None] = lambda _: None,
 ) -> Results:
     """Run all rounds.
 
@@ -120,6 +121,7 @@ def measure(
         read_bandwidth: bytes per second of a plain read, measured when called.
         lock: a file to hold, shared while a worker loads and exclusively while it is measured.
         note: told what goes on, a line at a time.
+        on_round: given the results so far after every round, so that a run which is broken off leaves something.
     """
     results = Results()
     steps: dict[tuple[str, Row], int] = {}
@@ -132,6 +134,7 @@ def measure(
                 note(f"round {number + 1} of {plan.num_rounds}: {name}")
                 with fleet.visit(name) as visit:
                     _Turn(plan, name, visit, results, steps, lock).take(number)
+        on_round(results)
     return results
 
 

@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("mixtral_serve.kernels._native")
     if spec is None or spec.origin is None:
         raise NativeUnavailableError(
-            "the compiled kernels were not built: install a C++ compiler (g++ or clang++) and install the package again"
+            "the compiled kernels were not built: install a C++ compiler (g++) and install the package again"
         )
     try:
         loaded = ctypes.CDLL(spec.origin)

@@ -22,8 +22,8 @@ inline float one_as(uint16_t from) {
   return value;
 }
 
-// c[rows][lanes] (+)= a[rows][depth] * b[depth][lanes], each element one chain over the depth, ascending. Sixteen lanes of
-// b lie side by side, the next sixteen `b_step` further.
+// c[rows][lanes] (+)= a[rows][depth] * b[depth][lanes], each element one chain over the depth, ascending. Sixteen lanes
+// of b lie side by side, the next sixteen `b_step` further.
 template <int kRows, int kWidth, typename Element>
 inline void product(const float* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t b_step, int64_t depth,
                     float* c, int64_t c_stride, bool from_zero) {

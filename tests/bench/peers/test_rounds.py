@@ -146,6 +146,20 @@ def test_who_cannot_be_loaded_is_a_reason_and_is_not_visited_again() -> None:
     assert len(results.samples["c", ONE]) == 2
 
 
+def test_what_was_measured_is_handed_out_after_every_round() -> None:
+    world = World()
+    counts: list[int] = []
+    plan = Plan((ONE,), 3, context=17, seconds=2.0)
+    measure(
+        plan,
+        ["a"],
+        world.fleet,
+        read_bandwidth=lambda: 30e9,
+        on_round=lambda results: counts.append(len(results.samples["a", ONE])),
+    )
+    assert counts == [1, 2, 3]
+
+
 def test_nobody_to_measure_still_tells_of_the_machine() -> None:
     assert World().measure(rounds=2).bandwidth == [30e9, 30e9]
 
