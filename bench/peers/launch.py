@@ -17,6 +17,7 @@ from bench.peers.contenders import Entry, beyond, conversion_of, model_of, pytho
 from bench.peers.process import Worker
 from bench.peers.protocol import WorkerOptions
 from bench.peers.results import Plan
+from mixtral_serve.compose.server import ENGINE_ENVIRONMENT
 from mixtral_serve.model.shape import ModelShape
 
 _ROOT = Path(__file__).parents[2]
@@ -106,5 +107,5 @@ class Launcher:
             "VLLM_CACHE_ROOT": str(self._checkpoint.with_name("vllm-cache")),  # what it compiles for this model
         }
         if entry.is_ours:
-            variables["OMP_WAIT_POLICY"] = "PASSIVE"
+            variables |= ENGINE_ENVIRONMENT
         return variables

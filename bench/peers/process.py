@@ -78,7 +78,7 @@ class Worker:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory of the worker's first process, as the system counts it now; 0 where it does not tell."""
+        """Memory of the worker's first process now, mapped file pages included; 0 where the system does not tell."""
         try:
             fields = Path(f"/proc/{self._process.pid}/statm").read_text("ascii").split()
         except OSError:

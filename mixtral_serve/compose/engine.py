@@ -3,8 +3,9 @@
 Started by the API process, never by people. The settings arrive resolved, so that both processes mean the same
 by them.
 
-The process lives under a limit of its own from the start: while it loads, its share of the plan and one shard of the
-checkpoint, which is mapped while it is read; afterwards its share alone. An allocation beyond that is an exception.
+The process lives under a limit of its own from the start: while it loads, its share of the plan and the size of one
+shard, for tensors on their way and what a backend makes of them; afterwards its share alone. An allocation beyond
+that is an exception.
 """
 
 from __future__ import annotations

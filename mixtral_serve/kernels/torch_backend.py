@@ -43,7 +43,7 @@ class TorchBackend:
         """See the protocol."""
         if kind == "int4":
             return (
-                "int4 weights need the compiled kernels: install a C++ compiler (g++ or clang++) and install"
+                "int4 weights need the compiled kernels: install a C++ compiler (g++) and install"
                 " mixtral-serve again; int8 weights work without"
             )
         if _engine() is None:
