@@ -42,11 +42,11 @@ def test_contenders_are_chosen_by_words_of_their_names() -> None:
 
 
 def test_a_contender_reads_the_checkpoint_or_its_own_form_of_it() -> None:
-    checkpoint = Path("/work/mixtral-2-layers")
+    checkpoint = Path("/models/mixtral-2-layers")
     assert model_of(BY_NAME["vLLM bf16"], checkpoint) == checkpoint
     assert conversion_of(BY_NAME["vLLM bf16"], checkpoint) == []
     llama = BY_NAME["llama.cpp Q4_0"]
-    assert model_of(llama, checkpoint) == Path("/work/mixtral-2-layers-gguf/Q4_0.gguf")
+    assert model_of(llama, checkpoint) == Path("/models/mixtral-2-layers-gguf/Q4_0.gguf")
     assert conversion_of(llama, checkpoint)[-1] == "Q4_0"
     openvino = BY_NAME["OpenVINO int4"]
     assert conversion_of(openvino, checkpoint)[1:] == [str(checkpoint), str(model_of(openvino, checkpoint)), "int4"]
