@@ -27,6 +27,8 @@ from typing import Final, Literal, Self, TypeAlias
 
 import torch
 
+from mixtral_serve.kernels.pages import untouched
+
 Kind: TypeAlias = Literal["int8", "int4"]
 
 TILE_ROWS: Final = 16
@@ -60,11 +62,11 @@ class PackedMatrix:
         tiles, groups = -(-num_rows // TILE_ROWS), -(-num_cols // GROUP_COLS)
         leading = () if num_matrices is None else (num_matrices,)
         if kind == "int8":
-            quants = torch.empty(*leading, tiles, groups * GROUP_COLS // 4, 64, dtype=torch.uint8)
-            scales = torch.empty(*leading, tiles, TILE_ROWS, dtype=torch.float32)
+            quants = untouched(*leading, tiles, groups * GROUP_COLS // 4, 64, dtype=torch.uint8)
+            scales = untouched(*leading, tiles, TILE_ROWS, dtype=torch.float32)
         else:
-            quants = torch.empty(*leading, tiles, groups, 256, dtype=torch.uint8)
-            scales = torch.empty(*leading, tiles, groups, TILE_ROWS, dtype=torch.bfloat16)
+            quants = untouched(*leading, tiles, groups, 256, dtype=torch.uint8)
+            scales = untouched(*leading, tiles, groups, TILE_ROWS, dtype=torch.bfloat16)
         return cls(kind, num_rows, num_cols, quants, scales)
 
     def __getitem__(self, index: int) -> PackedMatrix:

@@ -12,15 +12,14 @@ Rejected: one dtype argument of PyTorch's (int8 alone does not say that there ar
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
-from math import nan, prod
+from math import nan
 from typing import Final
 
 import torch
 
 from mixtral_serve.kernels.native_attention import SPLIT_KEYS, partial_floats, workspace_floats
+from mixtral_serve.kernels.pages import untouched
 from mixtral_serve.model.shape import KVDtype, ModelShape
 
 _DTYPES: Final[dict[KVDtype, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -100,11 +99,5 @@ class NativeKVCache:
 
 
 def _zeros(*dims: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in large pages, where the system has them: blocks are read in any order, and a small page costs a look-up.
-
-    Written rather than only reserved: the pages are ours from the start, not when load is highest.
-    """
-    pages = mmap.mmap(-1, max(1, prod(dims) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):  # a kernel or a Python without large pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=prod(dims)).view(dims).zero_()
+    """Written rather than only reserved: the pages are ours from the start, not when load is highest."""
+    return untouched(*dims, dtype=dtype).zero_()
