@@ -165,6 +165,7 @@ def test_steps_are_measured_in_turns_until_the_time_is_over(
     assert [sum(layer) for layer in popularity.shares] == pytest.approx([2.0, 2.0])
 
 
+@pytest.mark.slow
 def test_what_a_step_and_a_layer_cost_in_any_case_is_measured_apart() -> None:
     found = measure_fixed_costs(SETTINGS, DEMO_SIZED, "torch")
     assert 0 <= found.step_s < 1

@@ -59,12 +59,14 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_doctor_finds_nothing_wrong_with_a_packed_checkpoint_and_plans_with_its_weights(whole: Path) -> None:
     finished = run("doctor", "--port", "0", "--model", whole)
     assert finished.returncode == 0, finished.stdout
     assert "weights (int8)" in finished.stdout
 
 
+@pytest.mark.slow
 def test_doctor_verifies_every_byte_when_asked(packed: Path) -> None:
     verified = run("doctor", "--port", "0", "--model", packed, "--verify")
     assert verified.returncode == 0, verified.stdout
@@ -127,6 +129,7 @@ def test_row55_a_server_survives_the_truncation_of_its_files_and_answers_the_sam
         assert "loaded and verified copy as int8" in server.log
 
 
+@pytest.mark.slow
 def test_a_source_that_cannot_be_packed_exits_with_78_and_names_the_file(tmp_path: Path) -> None:
     broken = shutil.copytree(checkpoint_path(), tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
@@ -136,6 +139,7 @@ def test_a_source_that_cannot_be_packed_exits_with_78_and_names_the_file(tmp_pat
     assert not (tmp_path / "packed").exists()
 
 
+@pytest.mark.slow
 def test_a_destination_that_cannot_be_written_exits_with_1(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     finished = run("quantize", "demo", tmp_path / "file" / "packed", "--weights", "int4")

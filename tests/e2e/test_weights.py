@@ -55,6 +55,7 @@ def test_the_demo_model_answers_with_packed_weights(
         assert server.log.count("kernels: ") == 1
 
 
+@pytest.mark.slow
 def test_int4_weights_without_the_compiled_kernels_are_refused_with_what_to_install() -> None:
     finished = run("serve", "--weights", "int4", "--kernels", "torch")
     assert finished.returncode == 78
@@ -68,6 +69,7 @@ def test_kernels_that_would_compute_nothing_are_refused_at_once() -> None:
     assert "kernels: native computes with int8 and int4 weights" in finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernels", "exit_code"), [("reference", 0), ("torch", 78)])
 def test_the_doctor_says_what_would_compute(kernels: str, exit_code: int) -> None:
     finished = run("doctor", "--weights", "int4", "--kernels", kernels)

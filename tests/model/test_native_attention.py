@@ -248,7 +248,7 @@ def check_one_world(data: st.DataObject) -> None:
 EASY = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=EASY)
+@settings(max_examples=15, deadline=None, suppress_health_check=EASY)
 @given(st.data())
 def test_a_row_has_the_same_bits_under_any_schedule_on_any_blocks_threads_and_instructions(data: st.DataObject) -> None:
     check_one_world(data)

@@ -68,6 +68,7 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.skipif(TorchBackend().missing("int8") is not None, reason="this PyTorch has no FBGEMM")
+@pytest.mark.slow
 def test_int8_runs_on_torch_and_one_line_says_why(found: dict[str, Any]) -> None:
     assert "-int8-kvbf16-torch" in found["fingerprint"]
     assert found["fingerprint"].endswith("-batchvariant")
@@ -77,6 +78,7 @@ def test_int8_runs_on_torch_and_one_line_says_why(found: dict[str, Any]) -> None
     assert "install a C++ compiler" in line
 
 
+@pytest.mark.slow
 def test_int4_and_an_int8_cache_are_refused_with_what_to_install(found: dict[str, Any]) -> None:
     assert found["int4 auto"].startswith("KernelsUnavailableError: weights = int4: the compiled kernels were not built")
     assert found["int8 int8"].startswith("NativeUnavailableError: ")

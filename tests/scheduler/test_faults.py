@@ -152,7 +152,7 @@ def test_row46_i8_whichever_reservation_fails_first_only_that_request_is_refused
 
 def count_live_states() -> int:
     gc.collect()
-    return sum(isinstance(thing, RequestState) for thing in gc.get_objects())
+    return sum(type(thing) is RequestState for thing in gc.get_objects())
 
 
 def play_mixed(world: World, random: Random, num_requests: int) -> None:

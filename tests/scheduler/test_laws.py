@@ -16,7 +16,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from scheduler.policies import POLICIES, Policy
 from scheduler.testing import BEHAVIOURS, ErraticPolicy, StarvingPolicy, scheduler_machine, storm
 
-EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "100"))
 EVERY_POLICY = [*POLICIES.values(), StarvingPolicy, ErraticPolicy]
 
 
