@@ -42,6 +42,22 @@ class SamplingParams:
     """None: none wanted; k: the sampled token's log-probability and the k most likely alternatives."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the output holds already."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token once per time that the output holds it."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, multiplies the negative ones, of tokens that prompt or output hold."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of the named tokens."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Where given, no other token is ever sampled."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of token ids that the output never completes."""
+    min_tokens: int = 0
+    """Before so many output tokens none of ``suppressed_token_ids`` is sampled."""
+    suppressed_token_ids: tuple[int, ...] = ()
+    """What would end the output: end-of-sequence and the request's stop tokens."""
 
 
 class TokenMask(Protocol):
@@ -84,6 +100,8 @@ class ModelInfo:
     block_size: int
     weights_bytes: int
     kv_cache_bytes: int
+    hidden_size: int = 0
+    """Elements of an embedding; 0: the model gives none."""
 
 
 class Runner(Protocol):

@@ -22,17 +22,16 @@ from mixtral_serve import machine
 from mixtral_serve.compose.limits import Limit, tightest_limit
 from mixtral_serve.compose.memory import kv_layout
 from mixtral_serve.compose.plan import ServingPlan, plan_shape, scheduler_config
-from mixtral_serve.contract import ModelInfo
 from mixtral_serve.engine.core import EngineCore
 from mixtral_serve.kernels.formats import Kind
 from mixtral_serve.kernels.names import BackendName
 from mixtral_serve.kernels.registry import choose
-from mixtral_serve.model.kv_cache import allocate_kv_cache
 from mixtral_serve.model.loader import build_empty
-from mixtral_serve.model.quantized import compute_with, hold_packed, packed_places
+from mixtral_serve.model.native_layer import hand_over
+from mixtral_serve.model.quantized import hold_packed, packed_places
 from mixtral_serve.model.rowwise import make_row_invariant
-from mixtral_serve.model.runner import MixtralRunner, Numerics, fingerprint
-from mixtral_serve.model.shape import ModelShape, kv_dtype_for
+from mixtral_serve.model.runner import MixtralRunner, Numerics, assemble_runner
+from mixtral_serve.model.shape import ModelShape
 from mixtral_serve.settings import Settings
 from mixtral_serve.text.detokenizer import TokenBytes
 from scheduler.accountant import DEFAULT_CAP_BYTES, MemoryAccountant
@@ -153,32 +152,21 @@ def build_engine(plan: EnginePlan, *, go_on: Callable[[], bool] = lambda: True) 
         raise NoTimeError
     filled_s = time.monotonic() - began_s
     read_bytes_per_s = _read_rate(model.model.layers[0].mlp.experts.weights["w1"].quants)
-    compute_with(model, backend)
-    kv_dtype = kv_dtype_for(kind, settings.kv_cache_dtype)
-    cache = allocate_kv_cache(
-        shape,
-        num_blocks=plan.config.num_blocks,
-        block_size=settings.block_size,
-        dtype=kv_dtype,
-        compute_dtype=torch.float32,
-        is_native=backend.is_row_invariant or kv_dtype == "int8",
-    )
+    hand_over(model, backend)
     numerics = Numerics(weights=kind, kernels=settings.kernels, kv_cache_dtype=settings.kv_cache_dtype)
-    info = ModelInfo(
-        name=settings.model,
-        fingerprint=fingerprint(settings.model, numerics, backend),
-        vocab_size=shape.vocab_size,
-        max_model_len=shape.max_model_len,
-        eos_token_ids=shape.eos_token_ids,
+    runner = assemble_runner(
+        model,
+        shape,
+        numerics,
+        backend,
         num_blocks=plan.config.num_blocks,
         block_size=settings.block_size,
-        weights_bytes=shape.weights_bytes(kind),
-        kv_cache_bytes=cache.num_bytes,
+        name=settings.model,
     )
     return LoadedEngine(
         plan=plan,
         model=model,
-        runner=MixtralRunner(model, shape, cache=cache, info=info),
+        runner=runner,
         table=made_up_words(shape.vocab_size),
         backend=cast(BackendName, backend.name),
         num_threads=torch.get_num_threads(),

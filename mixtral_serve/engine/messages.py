@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from mixtral_serve.contract import ModelInfo, SamplingParams
+from scheduler.census import Census
 from scheduler.events import TokenLogprob
 from scheduler.request import RequestKind
 
@@ -43,6 +44,10 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     tenant: str = ""
     cache_salt: str = ""
     deadline_s: float | None = None
+    grammar: str | None = None
+    """What the output must match, as ``mixtral_serve.text.grammar`` wrote it; None: anything."""
+    report_progress: bool = False
+    """Tell of the prompt's progress while it is computed."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -51,14 +56,24 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     request_id: str
 
 
+class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
+    """Tell of a tenant's requests, of at most ``most`` one by one. Answered with the next tick."""
+
+    tenant: str
+    most: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now; what still lives ends with CANCELLED."""
+
+
+Command: TypeAlias = Submit | Cancel | Inspect | Shutdown
 
 
 class Inbox(msgspec.Struct, frozen=True):
     """API process -> engine process."""
 
-    commands: tuple[Submit | Cancel | Shutdown, ...]
+    commands: tuple[Command, ...]
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -78,6 +93,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What failed, for the log; clients read another text."""
     refusal: str | None = None
     """Set when the scheduler refused the request: the name of the ``AdmissionError`` class."""
+    num_prompt_tokens_done: int = 0
+    """Prompt tokens computed or found in the cache so far, where the request asked for progress; 0: no news."""
     num_output_tokens: int = 0
     """Given with the last delta, as are the next two."""
     num_cached_tokens: int = 0
@@ -146,6 +163,8 @@ class Tick(msgspec.Struct, frozen=True, tag="tick"):
     stats: EngineStats
     timing: StepTiming | None
     """None when nothing ran."""
+    censuses: tuple[Census, ...] = ()
+    """What was asked for since the last tick."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

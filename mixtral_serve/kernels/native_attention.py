@@ -37,7 +37,7 @@ _STORAGE: Final[dict[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1, 
 _ERRORS: Final = ("", "a slot is outside the storage", "a block is outside the storage", "a piece", "a merge")
 
 
-class _AttentionCall(ctypes.Structure):
+class AttentionCall(ctypes.Structure):
     """``AttentionCall`` of ``csrc/attention.h``, field by field."""
 
     _fields_ = (
@@ -72,7 +72,7 @@ class _Functions:
 def _functions() -> _Functions:
     loaded = library()
     attend = loaded.mixtral_paged_attention
-    attend.argtypes, attend.restype = [ctypes.POINTER(_AttentionCall)], ctypes.c_int
+    attend.argtypes, attend.restype = [ctypes.POINTER(AttentionCall)], ctypes.c_int
     sizes = (loaded.mixtral_attention_workspace_floats, loaded.mixtral_attention_partial_floats)
     for size in sizes:
         size.argtypes, size.restype = [ctypes.c_int64], ctypes.c_int64
@@ -128,33 +128,83 @@ def _paged_attention(
         fp32 [rows, query_heads, head_dim]; rows that no piece names are left as they were allocated.
     """
     query, key, value = rows
+    _check_rows(query, key, value)
+    num_rows, num_query_heads = query.shape[:2]
+    _require(storage[0].shape[1:3] == key.shape[1:], "the storage is for other heads than the rows have")
+    call = attention_call(
+        storage, step, workspace, num_rows=num_rows, num_query_heads=num_query_heads, window=window, scaling=scaling
+    )
+    out = torch.empty(query.shape, dtype=torch.float32)
+    call.query, call.key, call.value, call.out = (tensor.data_ptr() for tensor in (query, key, value, out))
+    call.query_row_stride, call.query_head_stride = query.stride()[:2]
+    call.key_row_stride, call.key_head_stride = key.stride()[:2]
+    call.value_row_stride, call.value_head_stride = value.stride()[:2]
+    raise_for(_functions().attend(ctypes.byref(call)))
+    return out
+
+
+def attention_call(
+    storage: Sequence[torch.Tensor],
+    step: Sequence[torch.Tensor],
+    workspace: Sequence[torch.Tensor],
+    *,
+    num_rows: int,
+    num_query_heads: int,
+    window: int,
+    scaling: float,
+) -> AttentionCall:
+    """All of a call but its rows, checked; the arguments must outlive it. See ``torch.ops.mixtral_serve``.
+
+    Raises:
+        ValueError: an argument that does not fit the others.
+    """
     keys, values, *scales = storage
     slots, tables, pieces, merges = step
-    _check_rows(query, key, value)
-    _check_storage(keys, values, scales, like=key)
-    _check_step(slots, tables, pieces, merges, num_rows=query.shape[0])
+    _check_storage(keys, values, scales)
+    _check_step(slots, tables, pieces, merges, num_rows=num_rows)
     _require(window >= 0, "window must not be negative")
     functions = _functions()
-    num_rows, num_query_heads, head_dim = query.shape
+    _, num_kv_heads, head_dim, block_size = keys.shape
+    _require(num_query_heads % num_kv_heads == 0, "query heads must be a multiple of key heads")
     partials = functions.partial_floats(head_dim) * num_query_heads
     threads = _num_slots(workspace[0], functions.workspace_floats(head_dim))
     _require(threads > 0, "the workspace is too small for one thread")
-    out = torch.empty(query.shape, dtype=torch.float32)
-    key_scales, value_scales = (scale.data_ptr() for scale in scales) if scales else (None, None)
-    call = _AttentionCall(
-        *(tensor.data_ptr() for tensor in (query, key, value, out)),
-        *(stride for tensor in (query, key, value) for stride in tensor.stride()[:2]),
-        *(num_rows, num_query_heads, key.shape[1], head_dim),
-        *(keys.data_ptr(), values.data_ptr(), key_scales, value_scales),
-        *(_STORAGE[keys.dtype], keys.shape[0], keys.shape[3]),
-        *(slots.data_ptr(), tables.data_ptr(), tables.shape[0]),
-        *(pieces.data_ptr(), pieces.shape[0], merges.data_ptr(), merges.shape[0]),
-        *(window, scaling, workspace[0].data_ptr(), workspace[1].data_ptr()),
-        *(_num_slots(workspace[1], partials), min(threads, torch.get_num_threads())),
+    call = AttentionCall(
+        num_rows=num_rows,
+        num_query_heads=num_query_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        storage=_STORAGE[keys.dtype],
+        num_blocks=keys.shape[0],
+        block_size=block_size,
+        slots=slots.data_ptr(),
+        tables=tables.data_ptr(),
+        num_table_entries=tables.shape[0],
+        pieces=pieces.data_ptr(),
+        num_pieces=pieces.shape[0],
+        merges=merges.data_ptr(),
+        num_merges=merges.shape[0],
+        window=window,
+        scaling=scaling,
+        workspace=workspace[0].data_ptr(),
+        partials=workspace[1].data_ptr(),
+        num_partials=_num_slots(workspace[1], partials),
+        num_threads=min(threads, torch.get_num_threads()),
     )
-    error = functions.attend(ctypes.byref(call))
+    point_at(call, storage)
+    return call
+
+
+def point_at(call: AttentionCall, storage: Sequence[torch.Tensor]) -> None:
+    """Make ``call`` one for another layer, whose ``storage`` has the same form as that it was made with."""
+    call.keys, call.values = storage[0].data_ptr(), storage[1].data_ptr()
+    if len(storage) > 2:
+        call.key_scales, call.value_scales = storage[2].data_ptr(), storage[3].data_ptr()
+
+
+def raise_for(error: int) -> None:
+    """Raises ``ValueError`` for what the library says of a call, unless it is 0."""
     _require(error == 0, f"{_ERRORS[error]} does not fit the step")
-    return out
 
 
 def _paged_attention_fake(
@@ -192,13 +242,10 @@ def _check_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     _require(query.shape[1] % key.shape[1] == 0, "query heads must be a multiple of key heads")
 
 
-def _check_storage(
-    keys: torch.Tensor, values: torch.Tensor, scales: Sequence[torch.Tensor], *, like: torch.Tensor
-) -> None:
+def _check_storage(keys: torch.Tensor, values: torch.Tensor, scales: Sequence[torch.Tensor]) -> None:
     _require(keys.dtype in _STORAGE and keys.dtype is values.dtype, "storage must be fp32, bf16 or int8")
     _require(keys.dim() == 4 and min(keys.shape) > 0, "keys must have four dimensions")
     num_blocks, num_kv_heads, head_dim, block_size = keys.shape
-    _require((num_kv_heads, head_dim) == like.shape[1:], "the storage is for other heads than the rows have")
     _require(values.shape == (num_blocks, num_kv_heads, block_size, head_dim), "values have another shape")
     _require(len(scales) == (2 if keys.dtype is torch.int8 else 0), "scales go with int8, and only with it")
     for scale in scales:

@@ -31,7 +31,7 @@ MAX_COLS: Final = 131072
 MAX_CHOSEN: Final = 64
 """Experts per row."""
 
-_KIND_NUMBERS: Final[dict[Kind, int]] = {"int8": 0, "int4": 1}
+KIND_NUMBERS: Final[dict[Kind, int]] = {"int8": 0, "int4": 1}
 _SCALE_DTYPES: Final[dict[Kind, torch.dtype]] = {"int8": torch.float32, "int4": torch.bfloat16}
 
 
@@ -39,22 +39,31 @@ class KernelArgumentError(ValueError):
     """A tensor that an operator cannot work on; the message names the argument and what it must be."""
 
 
+class PackedWeights(ctypes.Structure):
+    """``PackedWeights`` of operations.h."""
+
+    _fields_ = (("quants", ctypes.c_void_p), ("scales", ctypes.c_void_p))
+
+
 class _LinearCall(ctypes.Structure):
-    """``LinearCall`` of linear.cpp."""
+    """``LinearCall`` of operations.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "quants", "scales", "out", "scratch")),
+        ("x", ctypes.c_void_p),
+        ("weights", PackedWeights),
+        *((name, ctypes.c_void_p) for name in ("out", "scratch")),
         *((name, ctypes.c_int64) for name in ("num_rows", "num_cols", "num_groups", "num_outputs")),
         *((name, ctypes.c_int32) for name in ("kind", "num_threads")),
     )
 
 
 class _ExpertsCall(ctypes.Structure):
-    """``ExpertsCall`` of experts.cpp."""
+    """``ExpertsCall`` of operations.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights", "w1_quants", "w1_scales", "w2_quants")),
-        *((name, ctypes.c_void_p) for name in ("w2_scales", "w3_quants", "w3_scales", "out", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "ids", "weights")),
+        *((name, PackedWeights) for name in ("w1", "w2", "w3")),
+        *((name, ctypes.c_void_p) for name in ("out", "scratch")),
         *((name, ctypes.c_int64) for name in ("num_rows", "num_cols", "k", "num_experts", "num_inner_tiles")),
         *((name, ctypes.c_int32) for name in ("kind", "num_threads")),
     )
@@ -89,7 +98,8 @@ class _Scratch(threading.local):
         return -(-self._memory.data_ptr() // 64) * 64
 
 
-_scratch = _Scratch()
+scratch: Final = _Scratch()
+"""Of the calling thread; shared by all that computes with packed matrices, one call at a time."""
 
 
 def linear_scratch_bytes(num_rows: int, num_cols: int) -> int:
@@ -124,8 +134,12 @@ def _check_dense(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tup
         )
 
 
-def _check_packed(name: str, quants: torch.Tensor, scales: torch.Tensor, *, kind: Kind, dims: tuple[int, ...]) -> None:
-    """``dims``: leading dimensions, then rows and columns without padding."""
+def check_packed(name: str, quants: torch.Tensor, scales: torch.Tensor, *, kind: Kind, dims: tuple[int, ...]) -> None:
+    """``dims``: leading dimensions, then rows and columns without padding.
+
+    Raises:
+        KernelArgumentError: the tensors are not such a matrix in the packed layout.
+    """
     *leading, num_rows, num_cols = dims
     tiles, groups = -(-num_rows // TILE_ROWS), -(-num_cols // GROUP_COLS)
     lines = (groups * GROUP_COLS // 4, 64) if kind == "int8" else (groups, 256)
@@ -140,17 +154,17 @@ def _linear(kind: Kind, x: torch.Tensor, quants: torch.Tensor, scales: torch.Ten
     _require(0 < num_cols <= MAX_COLS, f"x must have 1 to {MAX_COLS} columns, not {num_cols}")
     _require(num_rows > 0, f"num_rows must be positive, not {num_rows}")
     _check_dense("x", x, torch.float32, (rows, num_cols))
-    _check_packed("", quants, scales, kind=kind, dims=(num_rows, num_cols))
+    check_packed("", quants, scales, kind=kind, dims=(num_rows, num_cols))
     out = torch.empty(rows, num_rows)
     loaded, groups = _kernels(), -(-num_cols // GROUP_COLS)
-    threads, number = torch.get_num_threads(), _KIND_NUMBERS[kind]
+    threads, number = torch.get_num_threads(), KIND_NUMBERS[kind]
     pass_rows = min(rows, PASS_ROWS)
-    scratch = _scratch.address(loaded.mixtral_linear_scratch_bytes(pass_rows, groups))
-    weight = (quants.data_ptr(), scales.data_ptr())
+    memory = scratch.address(loaded.mixtral_linear_scratch_bytes(pass_rows, groups))
+    weight = PackedWeights(quants.data_ptr(), scales.data_ptr())
     for first in range(0, rows, PASS_ROWS):
         count = min(PASS_ROWS, rows - first)
         source, target = x.data_ptr() + first * num_cols * 4, out.data_ptr() + first * num_rows * 4
-        call = _LinearCall(source, *weight, target, scratch, count, num_cols, groups, num_rows, number, threads)
+        call = _LinearCall(source, weight, target, memory, count, num_cols, groups, num_rows, number, threads)
         loaded.mixtral_linear(ctypes.byref(call))
     return out
 
@@ -168,9 +182,9 @@ def _check_experts(kind: Kind, tensors: tuple[torch.Tensor, ...]) -> None:
     _check_dense("hidden", hidden, torch.float32, (rows, width))
     _check_dense("ids", ids, torch.int64, (rows, k))
     _check_dense("weights", weights, torch.float32, (rows, k))
-    _check_packed("w1_", w1_quants, w1_scales, kind=kind, dims=(num_experts, inner, width))
-    _check_packed("w2_", w2_quants, w2_scales, kind=kind, dims=(num_experts, width, inner))
-    _check_packed("w3_", w3_quants, w3_scales, kind=kind, dims=(num_experts, inner, width))
+    check_packed("w1_", w1_quants, w1_scales, kind=kind, dims=(num_experts, inner, width))
+    check_packed("w2_", w2_quants, w2_scales, kind=kind, dims=(num_experts, width, inner))
+    check_packed("w3_", w3_quants, w3_scales, kind=kind, dims=(num_experts, inner, width))
 
 
 def _experts(kind: Kind, *tensors: torch.Tensor) -> torch.Tensor:
@@ -181,13 +195,14 @@ def _experts(kind: Kind, *tensors: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows, width)
     loaded = _kernels()
     sizes = (width, k, num_experts, tiles)
-    scratch = _scratch.address(loaded.mixtral_experts_scratch_bytes(min(rows, PASS_ROWS), *sizes))
+    memory = scratch.address(loaded.mixtral_experts_scratch_bytes(min(rows, PASS_ROWS), *sizes))
     addresses = [matrix.data_ptr() for matrix in matrices]
-    ends = (_KIND_NUMBERS[kind], torch.get_num_threads())
+    weights_of = [PackedWeights(*addresses[at : at + 2]) for at in (0, 2, 4)]
+    ends = (KIND_NUMBERS[kind], torch.get_num_threads())
     for first in range(0, rows, PASS_ROWS):
         count, wide, narrow = min(PASS_ROWS, rows - first), first * width * 4, first * k * 4
         inputs = (hidden.data_ptr() + wide, ids.data_ptr() + 2 * narrow, weights.data_ptr() + narrow)
-        call = _ExpertsCall(*inputs, *addresses, out.data_ptr() + wide, scratch, count, *sizes, *ends)
+        call = _ExpertsCall(*inputs, *weights_of, out.data_ptr() + wide, memory, count, *sizes, *ends)
         status = loaded.mixtral_experts(ctypes.byref(call))
         assert status != 2, "k was checked"
         if status != 0:

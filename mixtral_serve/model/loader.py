@@ -29,10 +29,11 @@ from mixtral_serve.model.checkpoint import Checkpoint
 from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.model.experts import EXPERTS, register_experts
 from mixtral_serve.model.manifest import MANIFEST
+from mixtral_serve.model.native_layer import hand_over
 from mixtral_serve.model.packed_layout import packed_files
 from mixtral_serve.model.packed_loader import load_packed
 from mixtral_serve.model.progress import progress
-from mixtral_serve.model.quantized import compute_with, hold_packed, packed_places
+from mixtral_serve.model.quantized import hold_packed, packed_places
 from mixtral_serve.model.rowwise import make_row_invariant
 from mixtral_serve.model.shape import ModelShape, Weights
 from mixtral_serve.model.shard_reader import shard_tensors
@@ -92,7 +93,7 @@ def load_model(checkpoint: Checkpoint, weights: Weights, backend: Backend | None
             load_packed(checkpoint, packed_places(model), num_threads=torch.get_num_threads())
         else:
             _quantize_shards(checkpoint, model, weights)
-        compute_with(model, backend)
+        hand_over(model, backend)
     else:
         _allocate(model, DTYPES[weights])
         targets = dict(places(model))

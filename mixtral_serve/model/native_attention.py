@@ -18,7 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mixtral_serve.kernels.native_attention import MAX_PIECE_ROWS, MERGE_FIELDS, PIECE_FIELDS, SPLIT_KEYS
+from mixtral_serve.kernels.native_attention import (
+    MAX_PIECE_ROWS,
+    MERGE_FIELDS,
+    PIECE_FIELDS,
+    SPLIT_KEYS,
+    AttentionCall,
+)
 from mixtral_serve.model.native_kv_cache import NativeKVCache
 from scheduler.plan import ScheduledSlice
 
@@ -32,6 +38,8 @@ class NativeStep:
     """Slots, tables, pieces, merges."""
     window: int | None
     """The sliding window that the pieces were cut for."""
+    call: AttentionCall
+    """The same for the compiled kernels, but for the rows and the layer."""
 
     def attend(
         self, layer: int, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float, window: int | None
@@ -39,6 +47,11 @@ class NativeStep:
         """Store keys and values, attend; see ``attention.AttentionStep``."""
         assert window == self.window, "the model and the plan disagree about the window"
         return self.cache.attend(layer, rows, self.integers, window=window or 0, scaling=scaling)
+
+    def call_for(self, layer: int) -> AttentionCall:
+        """All of the call for one layer but its rows, until the next layer is asked for."""
+        self.cache.point_at(self.call, layer)
+        return self.call
 
 
 def native_step(
@@ -52,7 +65,8 @@ def native_step(
     cut = _Cut(cache, sliding_window)
     for first_row, part in rows:
         cut.add(first_row, part)
-    return NativeStep(cache, (_tensor(slots), *cut.tensors()), sliding_window)
+    integers = (_tensor(slots), *cut.tensors())
+    return NativeStep(cache, integers, sliding_window, cache.call(integers, window=sliding_window or 0))
 
 
 class _Cut:

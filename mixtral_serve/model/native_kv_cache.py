@@ -18,7 +18,14 @@ from typing import Final
 
 import torch
 
-from mixtral_serve.kernels.native_attention import SPLIT_KEYS, partial_floats, workspace_floats
+from mixtral_serve.kernels.native_attention import (
+    SPLIT_KEYS,
+    AttentionCall,
+    attention_call,
+    partial_floats,
+    point_at,
+    workspace_floats,
+)
 from mixtral_serve.kernels.pages import untouched
 from mixtral_serve.model.shape import KVDtype, ModelShape
 
@@ -49,6 +56,7 @@ class NativeKVCache:
         """Of keys and of values; empty unless they are int8."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._scaling = shape.head_dim**-0.5
         self.num_query_heads_per_kv_head = shape.num_query_heads // shape.num_kv_heads
         self._storage = [
             [tensor[layer] for tensor in (self.keys, self.values, *self.scales)] for layer in range(shape.num_layers)
@@ -91,6 +99,22 @@ class NativeKVCache:
             [row.float() for row in rows], self._storage[layer], step, self._workspace, window, scaling
         )
         return out.to(rows[0].dtype)
+
+    def call(self, step: Sequence[torch.Tensor], *, window: int) -> AttentionCall:
+        """A step's attention for the compiled kernels, checked, but for the rows and the layer."""
+        return attention_call(
+            self._storage[0],
+            step,
+            self._workspace,
+            num_rows=step[0].shape[0],
+            num_query_heads=self.num_query_heads_per_kv_head * self.keys.shape[2],
+            window=window,
+            scaling=self._scaling,
+        )
+
+    def point_at(self, call: AttentionCall, layer: int) -> None:
+        """Make ``call`` one for ``layer``."""
+        point_at(call, self._storage[layer])
 
     def _fill(self, blocks: Sequence[int], value: float) -> None:
         index = torch.tensor(blocks, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Embeddings: the mean of a prompt's last hidden states, of length one.
+"""Embeddings: the mean of a prompt's last hidden states.
 
 The sum so far travels with the request (``ScheduledSlice.embedding``), so that a prompt may be computed in any
 chunks and the runner keeps nothing. A slice that starts at position 0 starts over, which is what a preempted
@@ -32,7 +32,8 @@ def pool(part: ScheduledSlice, hidden: torch.Tensor) -> PartialEmbedding | tuple
         hidden: [slice tokens, hidden], after the final norm.
 
     Returns:
-        None where the hidden states are not finite, or cancel out to a vector without a direction.
+        None where the hidden states are not finite, or cancel out to a vector without a direction: what is handed
+        out can be brought to length one.
     """
     total = hidden.double().sum(dim=0)
     num_tokens = part.num_tokens
@@ -44,7 +45,5 @@ def pool(part: ScheduledSlice, hidden: torch.Tensor) -> PartialEmbedding | tuple
         num_tokens += before.num_tokens
     if num_tokens < len(part.tokens):
         return PartialEmbedding(total, num_tokens) if bool(torch.isfinite(total).all()) else None
-    length = float(torch.linalg.vector_norm(total))
-    if not 0 < length < math.inf:
-        return None
-    return tuple((total / length).tolist())
+    mean = total / num_tokens
+    return tuple(mean.tolist()) if 0 < float(torch.linalg.vector_norm(mean)) < math.inf else None

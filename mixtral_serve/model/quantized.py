@@ -4,8 +4,8 @@ Owns: which modules of Transformers' Mixtral are replaced (the projections of at
 embedding), and under which names their storage is to be filled; ``packed_layout`` has the same names.
 
 The way of a model: ``hold_packed`` replaces the modules of an empty model and gives everything storage;
-``packed_places`` says what is to be filled, by whom ever; ``compute_with`` hands each filled matrix to a backend and
-from then on the model runs.
+``packed_places`` says what is to be filled, by whom ever; ``native_layer.hand_over``, or ``compute_with`` where every
+module stays one of its own, hands the filled matrices to a backend and from then on the model runs.
 
 Invariants: activations are fp32 between all modules. The embedding is held in bf16 and becomes fp32 at the look-up;
 norms and router are held in fp32. A tied head is packed besides the embedding.
@@ -36,10 +36,15 @@ class PackedLinear(nn.Module):
         """None once a backend has it."""
         self._multiply: LinearOp | None = None
 
+    def take_weight(self) -> PackedMatrix:
+        """The filled weight, which is the caller's from now on."""
+        assert self.weight is not None, "the weight was handed over before"
+        weight, self.weight = self.weight, None
+        return weight
+
     def compute_with(self, backend: Backend) -> None:
         """Hand the filled weight over; the backend keeps it or what it makes of it."""
-        assert self.weight is not None, "the weight was handed over before"
-        self._multiply, self.weight = backend.linear(self.weight), None
+        self._multiply = backend.linear(self.take_weight())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product."""
@@ -61,10 +66,15 @@ class PackedExperts(nn.Module):
         """By role, as the Hub names them; empty once a backend has them."""
         self._run: ExpertsOp | None = None
 
+    def take_weights(self) -> dict[str, PackedMatrix]:
+        """The filled weights by role, which are the caller's from now on."""
+        weights, self.weights = self.weights, {}
+        return weights
+
     def compute_with(self, backend: Backend) -> None:
         """Hand the filled weights over; the backend keeps them or what it makes of them."""
-        w1, w2, w3 = (self.weights.pop(role) for role in ("w1", "w2", "w3"))
-        self._run = backend.experts(w1, w2, w3)
+        weights = self.take_weights()
+        self._run = backend.experts(weights["w1"], weights["w2"], weights["w3"])
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -127,7 +137,7 @@ def packed_places(model: MixtralForCausalLM) -> Iterator[tuple[str, PackedMatrix
 
 
 def compute_with(model: MixtralForCausalLM, backend: Backend) -> None:
-    """Hand every filled matrix of ``model`` to ``backend``, one after another: each is released as it is taken."""
+    """Hand every filled matrix that a module of ``model`` still has to ``backend``: each is released as it is taken."""
     for module in model.modules():
         if isinstance(module, PackedLinear | PackedExperts):
             module.compute_with(backend)

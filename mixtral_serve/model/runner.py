@@ -27,9 +27,10 @@ from mixtral_serve.model.batch import StepInputs, build_inputs
 from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.kv_cache import KVCache, allocate_kv_cache
 from mixtral_serve.model.loader import load_model
+from mixtral_serve.model.logit_processors import SampleRow
 from mixtral_serve.model.logprobs import token_logprobs
 from mixtral_serve.model.pooling import pool
-from mixtral_serve.model.sampler import NON_FINITE, Sampled, SampleRow, finite_rows, sample
+from mixtral_serve.model.sampler import NON_FINITE, Sampled, finite_rows, sample
 from mixtral_serve.model.shape import KVDtype, ModelShape, Weights, kv_dtype_for
 from mixtral_serve.model.threads import apply_threads, plan_threads
 from scheduler.events import TokenLogprob
@@ -122,10 +123,8 @@ class MixtralRunner:
         logits = self._logits(hidden.index_select(0, last))
         if self._logits_listener is not None:
             self._logits_listener([slices[i] for i in chosen], logits)
-        rows = [
-            SampleRow(batch.sampling[i], slices[i].num_output_tokens, batch.masks[i] if batch.masks else None)
-            for i in chosen
-        ]
+        masks = batch.masks or (None,) * len(slices)
+        rows = [SampleRow(batch.sampling[i], slices[i].num_output_tokens, masks[i], slices[i].tokens) for i in chosen]
         return dict(zip(chosen, sample(logits, rows), strict=True))
 
     def _score(
@@ -212,22 +211,57 @@ def load_runner(
     if weights == "int8" or weights == "int4":
         backend = choose(weights, numerics.kernels, dims=(shape.intermediate_size, shape.hidden_size))
     model = load_model(opened, weights, backend)
-    compute_dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+    return assemble_runner(
+        model,
+        shape,
+        numerics,
+        backend,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        name=name or checkpoint.resolve().name,
+        logits_listener=logits_listener,
+    )
+
+
+def assemble_runner(
+    model: MixtralForCausalLM,
+    shape: ModelShape,
+    numerics: Numerics,
+    backend: Backend | None,
+    *,
+    num_blocks: int,
+    block_size: int,
+    name: str,
+    logits_listener: LogitsListener | None = None,
+) -> MixtralRunner:
+    """Give a model that holds its weights a KV cache.
+
+    Args:
+        model: as ``loader.load_model`` returns it.
+        shape: its dimensions.
+        numerics: what it was loaded with.
+        backend: likewise; None for weights in floating point.
+        num_blocks: blocks of the KV cache, the null block included.
+        block_size: positions per block.
+        name: what the model is served as.
+        logits_listener: see ``MixtralRunner``.
+    """
+    weights = numerics.weights
     kv_dtype = kv_dtype_for(weights, numerics.kv_cache_dtype)
     cache = allocate_kv_cache(
         shape,
         num_blocks=num_blocks,
         block_size=block_size,
         dtype=kv_dtype,
-        compute_dtype=compute_dtype,
+        compute_dtype=torch.bfloat16 if weights == "bf16" else torch.float32,
         is_native=(backend is not None and backend.is_row_invariant) or kv_dtype == "int8",
     )
-    served = name or checkpoint.resolve().name
     info = ModelInfo(
-        name=served,
-        fingerprint=fingerprint(served, numerics, backend),
+        name=name,
+        fingerprint=fingerprint(name, numerics, backend),
         vocab_size=shape.vocab_size,
         max_model_len=shape.max_model_len,
+        hidden_size=shape.hidden_size,
         eos_token_ids=shape.eos_token_ids,
         num_blocks=num_blocks,
         block_size=block_size,

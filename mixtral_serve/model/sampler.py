@@ -1,6 +1,8 @@
 """The next token of each row: greedy, or drawn after temperature, top-k, top-p and min-p.
 
-Owns: ``sample``, and the random numbers it draws. The number for the token at position ``i`` of a choice is a
+Owns: ``sample``, and the random numbers it draws. The order: raw logits, from which the log-probabilities are; the
+check that they are finite; masks; ``logit_processors`` (what parameters forbid, bias and penalise); temperature and
+filters. The number for the token at position ``i`` of a choice is a
 hash of (seed, choice, i): no state, so batch-mates, chunking, preemption and resumption cannot shift it.
 
 What the filters mean, in this order: the logits are divided by the temperature; ``top_k`` keeps the k most
@@ -25,8 +27,9 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-from mixtral_serve.contract import SamplingParams, TokenMask
+from mixtral_serve.contract import SamplingParams
 from mixtral_serve.model.likeliest import largest, top
+from mixtral_serve.model.logit_processors import SampleRow, adjust, wishes
 from mixtral_serve.model.logprobs import token_logprobs
 from scheduler.events import TokenLogprob
 
@@ -39,16 +42,6 @@ _DRAW_CHUNK: Final = 256
 _LEAST_TEMPERATURE: Final = 1e-30
 """A smaller one is not distinguishable from it, and would be 0 in fp32."""
 _MASK_64: Final = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """What one row of logits is for."""
-
-    params: SamplingParams
-    position: int
-    """Index of the token among the request's output tokens."""
-    mask: TokenMask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +74,40 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         rows: what each row is for, aligned.
     """
     results: list[Sampled | None] = [None if ok else Sampled(error=NON_FINITE) for ok in finite_rows(logits)]
-    allowed = _apply_masks(logits, rows, results)
     live = [i for i, result in enumerate(results) if result is None]
-    tokens = dict.fromkeys(live, 0)
-    greedy = [i for i in live if rows[i].params.temperature == 0]
-    tokens.update(zip(greedy, largest(_take(allowed, greedy)).tolist() if greedy else (), strict=True))
-    drawn = [i for i in live if rows[i].params.temperature != 0]
-    if drawn:
-        tokens.update(zip(drawn, _draw(_take(allowed, drawn), [rows[i] for i in drawn]), strict=True))
+    asks = [row.mask is not None or wishes(row) for row in rows]
+    plain = [i for i in live if not asks[i]]
+    tokens = dict(zip(plain, _choose(logits, rows, plain), strict=True))
+    adjusted = [i for i in live if asks[i]]
+    if adjusted:
+        own, asked = logits[adjusted], [rows[i] for i in adjusted]
+        outcomes = _adjusted(own, asked)
+        for i, outcome in zip(adjusted, outcomes, strict=True):
+            results[i] = outcome
+        able = [i for i, outcome in enumerate(outcomes) if outcome is None]
+        tokens.update(zip([adjusted[i] for i in able], _choose(own, asked, able), strict=True))
     logprobs = _logprobs(logits, rows, tokens)
     return [result or Sampled(tokens[i], logprobs.get(i)) for i, result in enumerate(results)]
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[SampleRow], chosen: Sequence[int]) -> list[int]:
+    """Tokens of the ``chosen`` rows, whose logits are final."""
+    tokens = dict.fromkeys(chosen, 0)
+    greedy = [i for i in chosen if rows[i].params.temperature == 0]
+    if greedy:
+        tokens.update(zip(greedy, largest(_take(logits, greedy)).tolist(), strict=True))
+    drawn = [i for i in chosen if rows[i].params.temperature != 0]
+    if drawn:
+        tokens.update(zip(drawn, _draw(_take(logits, drawn), [rows[i] for i in drawn]), strict=True))
+    return list(tokens.values())
+
+
+def _adjusted(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
+    """Apply masks and parameters to ``logits``, in place; the error of each row from which nothing can be chosen."""
+    outcomes: list[Sampled | None] = [None] * len(rows)
+    _apply_masks(logits, rows, outcomes)
+    faults = [None if fault is None else Sampled(error=fault) for fault in adjust(logits, rows)]
+    return [outcome or fault for outcome, fault in zip(outcomes, faults, strict=True)]
 
 
 def _take(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -98,9 +115,8 @@ def _take(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return logits if len(rows) == logits.shape[0] else logits[list(rows)]
 
 
-def _apply_masks(logits: torch.Tensor, rows: Sequence[SampleRow], results: list[Sampled | None]) -> torch.Tensor:
-    """``logits`` with minus infinity where a mask forbids a token; a mask that fails ends its own row only."""
-    masked = logits
+def _apply_masks(logits: torch.Tensor, rows: Sequence[SampleRow], results: list[Sampled | None]) -> None:
+    """Minus infinity, in place, where a mask forbids a token; a mask that fails ends its own row only."""
     for i, row in enumerate(rows):
         if row.mask is None or results[i] is not None:
             continue
@@ -113,11 +129,8 @@ def _apply_masks(logits: torch.Tensor, rows: Sequence[SampleRow], results: list[
         if ids.numel() == 0:
             results[i] = Sampled(error="the token mask allows no token")
             continue
-        if masked is logits:
-            masked = logits.clone()
-        masked[i] = float("-inf")
-        masked[i, ids] = allowed
-    return masked
+        logits[i] = float("-inf")
+        logits[i, ids] = allowed
 
 
 def _logprobs(logits: torch.Tensor, rows: Sequence[SampleRow], tokens: dict[int, int]) -> dict[int, TokenLogprob]:

@@ -7,6 +7,7 @@
 //   5. each row's slots are weighted and added, in ascending expert id
 //
 // A task of phases 2 and 4 belongs to one expert; experts nobody chose have none, and their weights are not read.
+#include "operations.h"
 #include "parallel.h"
 #include "products.h"
 #include "routing.h"
@@ -15,28 +16,6 @@
 
 namespace mixtral {
 namespace {
-
-// Field by field what the Python side fills in. Weights of all experts lie behind each other.
-struct ExpertsCall {
-  const float* hidden;   // [num_rows, num_cols]
-  const int64_t* ids;    // [num_rows, k]
-  const float* weights;  // [num_rows, k]
-  const uint8_t* w1_quants;
-  const void* w1_scales;
-  const uint8_t* w2_quants;
-  const void* w2_scales;
-  const uint8_t* w3_quants;
-  const void* w3_scales;
-  float* out;  // [num_rows, num_cols]
-  void* scratch;
-  int64_t num_rows;
-  int64_t num_cols;
-  int64_t k;
-  int64_t num_experts;
-  int64_t num_inner_tiles;  // tiles of w1 and w3
-  int32_t kind;
-  int32_t num_threads;
-};
 
 int64_t groups_of(int64_t num_cols) { return (num_cols + kGroupCols - 1) / kGroupCols; }
 int64_t tiles_of(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
@@ -79,9 +58,9 @@ class Experts {
         kernels_(active_kernels()),
         kind_(static_cast<Kind>(call.kind)),
         inner_cols_(call.num_inner_tiles * kTileRows),
-        w1_{kind_, call.w1_quants, call.w1_scales, call.num_inner_tiles, groups_of(call.num_cols)},
-        w2_{kind_, call.w2_quants, call.w2_scales, tiles_of(call.num_cols), groups_of(inner_cols_)},
-        w3_{kind_, call.w3_quants, call.w3_scales, call.num_inner_tiles, groups_of(call.num_cols)} {
+        w1_{kind_, call.w1.quants, call.w1.scales, call.num_inner_tiles, groups_of(call.num_cols)},
+        w2_{kind_, call.w2.quants, call.w2.scales, tiles_of(call.num_cols), groups_of(inner_cols_)},
+        w3_{kind_, call.w3.quants, call.w3.scales, call.num_inner_tiles, groups_of(call.num_cols)} {
     Scratch scratch(call.scratch);
     const int64_t slots = call.num_rows * call.k;
     routing_ = Routing::take(scratch, call.num_rows, call.num_experts, call.k);
