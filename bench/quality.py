@@ -1,8 +1,8 @@
-"""What smaller weights cost in quality: ``python -m bench.quality --weights int8 int4 --kernels native --json FILE``.
+"""What smaller weights, keys and values cost in quality: ``python -m bench.quality --weights int8 int4 --json FILE``.
 
-The demo model in fp32, then with each kind of weights on each backend: perplexity on held-out answers, and the share of
-held-out prompts answered exactly, skill by skill. Everything runs through the real scheduler and runner, in the batches
-that serving would make. Combinations that cannot run here are listed with the reason.
+The demo model in fp32, then with each kind of weights and of KV cache on each backend: perplexity on held-out answers,
+and the share of held-out prompts answered exactly, skill by skill. Everything runs through the real scheduler and
+runner, in the batches that serving would make. Combinations that cannot run here are listed with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import torch
 
@@ -26,9 +26,10 @@ from mixtral_serve.demo.conversation import Message
 from mixtral_serve.demo.evaluate import exact_match
 from mixtral_serve.demo.perplexity import held_out_chats, perplexity
 from mixtral_serve.kernels.names import BackendName
+from mixtral_serve.kernels.native import NativeUnavailableError
 from mixtral_serve.kernels.registry import KernelsUnavailableError
 from mixtral_serve.model.runner import Numerics, load_runner
-from mixtral_serve.model.shape import Weights
+from mixtral_serve.model.shape import KVDtype, Weights, kv_dtype_for
 from mixtral_serve.text.chat_template import load_chat_template
 from mixtral_serve.text.conversation import ChatMessage
 from mixtral_serve.text.tokenizer import load_tokenizer
@@ -37,6 +38,8 @@ from scheduler.events import Event, PromptScored, TokensCommitted
 from scheduler.policies.fcfs import FCFSPolicy
 from scheduler.request import Request, RequestId, RequestKind, StopRule
 from scheduler.scheduler import Scheduler
+
+KVCacheChoice: TypeAlias = Literal["auto"] | KVDtype
 
 _BLOCK_SIZE: Final = 16
 _NUM_BLOCKS: Final = 2048
@@ -50,6 +53,8 @@ class Quality:
 
     weights: str
     kernels: str
+    kv_cache: str
+    """How keys and values were held."""
     perplexity: float
     exact_match: dict[str, float]
     """By skill; empty where it was not asked for."""
@@ -121,35 +126,41 @@ def measure(numerics: Numerics, options: argparse.Namespace) -> Quality:
     """One combination.
 
     Raises:
-        KernelsUnavailableError: it cannot run here.
+        KernelsUnavailableError, NativeUnavailableError: it cannot run here.
     """
     started_s = time.monotonic()
     engine = Engine(numerics, num_threads=options.threads)
     chats = held_out_chats(options.chats, options.seed)
     rates = exact_match(engine.answer, options.count, options.seed) if options.count else {}
     found = perplexity(engine.score, chats)
-    return Quality(numerics.weights, numerics.kernels, found, rates, time.monotonic() - started_s)
+    held = kv_dtype_for(numerics.weights, numerics.kv_cache_dtype)
+    return Quality(numerics.weights, numerics.kernels, held, found, rates, time.monotonic() - started_s)
 
 
-def combinations(weights: Sequence[Weights], kernels: Sequence[BackendName]) -> list[Numerics]:
-    """All of them; bf16 has no kernels to choose from."""
-    packed = [Numerics(weights=each, kernels=name) for each in weights if each != "bf16" for name in kernels]
-    return [Numerics(weights="bf16")] * ("bf16" in weights) + packed
+def combinations(
+    weights: Sequence[Weights], kernels: Sequence[BackendName], kv_caches: Sequence[KVCacheChoice] = ("auto",)
+) -> list[Numerics]:
+    """All of them; fp32 and bf16 have no kernels to choose from."""
+    found = []
+    for kind in weights:
+        for name in kernels if kind in ("int8", "int4") else ("auto",):
+            found += [Numerics(weights=kind, kernels=name, kv_cache_dtype=held) for held in kv_caches]
+    return found
 
 
 def table(baseline: Quality, others: Sequence[Quality]) -> str:
     """Markdown: every combination against the baseline."""
     lines = [
-        "| weights | kernels | perplexity | change | exact match | change, points | worst skill, points |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| weights | kernels | KV cache | perplexity | change | exact match | change, points | worst skill, points |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in (baseline, *others):
         change = row.perplexity / baseline.perplexity - 1
         worst = min((rate - baseline.exact_match[skill] for skill, rate in row.exact_match.items()), default=0.0)
         points = 100 * (row.mean_match - baseline.mean_match)
         lines.append(
-            f"| {row.weights} | {row.kernels} | {row.perplexity:.5f} | {change:+.3%} | {row.mean_match:.2%} |"
-            f" {points:+.2f} | {100 * worst:+.1f} |"
+            f"| {row.weights} | {row.kernels} | {row.kv_cache} | {row.perplexity:.5f} | {change:+.3%} |"
+            f" {row.mean_match:.2%} | {points:+.2f} | {100 * worst:+.1f} |"
         )
     return "\n".join(lines)
 
@@ -157,9 +168,12 @@ def table(baseline: Quality, others: Sequence[Quality]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--weights", nargs="+", choices=("bf16", "int8", "int4"), default=["int8", "int4"])
+    parser.add_argument("--weights", nargs="+", choices=("fp32", "bf16", "int8", "int4"), default=["int8", "int4"])
     parser.add_argument(
         "--kernels", nargs="+", choices=("native", "torch", "reference"), default=["native", "torch", "reference"]
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", nargs="+", choices=("auto", "fp32", "bf16", "int8"), default=["auto"], help="default: auto"
     )
     parser.add_argument("--chats", type=int, default=60, help="chats per skill for the perplexity")
     parser.add_argument("--count", type=int, default=100, help="prompts per skill for the exact match; 0 skips it")
@@ -170,10 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     baseline = measure(Numerics(), options)
     rows: list[Quality] = []
     skipped: list[str] = []
-    for numerics in combinations(options.weights, options.kernels):
+    for numerics in combinations(options.weights, options.kernels, options.kv_cache_dtype):
         try:
             rows.append(measure(numerics, options))
-        except KernelsUnavailableError as error:
+        except (KernelsUnavailableError, NativeUnavailableError) as error:
             skipped.append(str(error))
     print(table(baseline, rows))
     for reason in skipped:

@@ -11,6 +11,7 @@ import pytest
 from bench.quality import Engine, combinations, main, measure
 from mixtral_serve.demo.evaluate import exact_match
 from mixtral_serve.demo.perplexity import held_out_chats, perplexity
+from mixtral_serve.kernels import native
 from mixtral_serve.kernels.registry import BACKENDS
 from mixtral_serve.model.runner import Numerics
 
@@ -20,11 +21,15 @@ RUNNABLE = [
     for kind in ("int8", "int4")
     if make().missing(kind) is None
 ]
+if native.is_available():
+    RUNNABLE.append(Numerics(weights="int8", kernels="native", kv_cache_dtype="int8"))
 MOST_LOSS = {"int8": 0.005, "int4": 0.04}
 """Of perplexity, relative to fp32."""
 MOST_POINTS = {"int8": 0.01, "int4": 0.03}
 """Of exact match, over all skills."""
-packed = pytest.mark.parametrize("numerics", RUNNABLE, ids=lambda numerics: f"{numerics.weights}-{numerics.kernels}")
+packed = pytest.mark.parametrize(
+    "numerics", RUNNABLE, ids=lambda numerics: f"{numerics.weights}-{numerics.kernels}-kv-{numerics.kv_cache_dtype}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,4 +89,14 @@ def test_bf16_has_no_kernels_to_choose_from() -> None:
         ("bf16", "auto"),
         ("int8", "native"),
         ("int8", "torch"),
+    ]
+
+
+def test_every_kind_of_kv_cache_is_measured_with_every_kind_of_weights() -> None:
+    asked = combinations(["fp32", "int4"], ["native"], ["bf16", "int8"])
+    assert [(each.weights, each.kv_cache_dtype) for each in asked] == [
+        ("fp32", "bf16"),
+        ("fp32", "int8"),
+        ("int4", "bf16"),
+        ("int4", "int8"),
     ]
