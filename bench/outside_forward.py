@@ -24,7 +24,8 @@ from typing import Final, cast
 import torch
 from transformers import MixtralForCausalLM
 
-from mixtral_serve.api.formats import AnswerHead, CompletionFormat
+from mixtral_serve.api.completion_format import CompletionFormat
+from mixtral_serve.api.formats import AnswerHead, Extras
 from mixtral_serve.contract import ModelInfo, SamplingParams
 from mixtral_serve.engine.core import EngineCore
 from mixtral_serve.engine.errors import RequestFailed
@@ -183,7 +184,14 @@ class _ApiSide:
     def __init__(self, table: TokenBytes, request_ids: list[str]) -> None:
         self._streams = {name: TokenStream(name, lambda _: None, _failed) for name in request_ids}
         self._formats = {
-            name: CompletionFormat(AnswerHead(name, 0, "no-forward", "no-forward"), table, include_usage=True)
+            name: CompletionFormat(
+                AnswerHead(name, 0, "no-forward", "no-forward"),
+                table,
+                Extras(include_usage=True),
+                logprobs=None,
+                echoes=None,
+                skip_special_tokens=True,
+            )
             for name in request_ids
         }
 

@@ -25,7 +25,7 @@ from mixtral_serve.demo import checkpoint_path
 from mixtral_serve.demo.conversation import Message
 from mixtral_serve.demo.evaluate import exact_match
 from mixtral_serve.demo.perplexity import held_out_chats, perplexity
-from mixtral_serve.kernels.names import BackendName
+from mixtral_serve.kernels.names import BackendName, KernelChoice
 from mixtral_serve.kernels.native import NativeUnavailableError
 from mixtral_serve.kernels.registry import KernelsUnavailableError
 from mixtral_serve.model.runner import Numerics, load_runner
@@ -143,7 +143,8 @@ def combinations(
     """All of them; fp32 and bf16 have no kernels to choose from."""
     found = []
     for kind in weights:
-        for name in kernels if kind in ("int8", "int4") else ("auto",):
+        choices: Sequence[KernelChoice] = kernels if kind in ("int8", "int4") else ("auto",)
+        for name in choices:
             found += [Numerics(weights=kind, kernels=name, kv_cache_dtype=held) for held in kv_caches]
     return found
 

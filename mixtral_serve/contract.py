@@ -53,9 +53,10 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
     """Where given, no other token is ever sampled."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Sequences of token ids that the output never completes."""
+    """Sequences of token ids, none empty, that never lie in the output as a whole."""
     min_tokens: int = 0
-    """Before so many output tokens none of ``suppressed_token_ids`` is sampled."""
+    """Before so many output tokens none of ``suppressed_token_ids`` is sampled. Both are the engine's to fill, from the
+    request's stop rule."""
     suppressed_token_ids: tuple[int, ...] = ()
     """What would end the output: end-of-sequence and the request's stop tokens."""
 
@@ -63,8 +64,12 @@ class SamplingParams:
 class TokenMask(Protocol):
     """Which tokens are allowed next: a handle that is resolved after the forward, when the logits are there."""
 
-    def allowed_token_ids(self) -> Sequence[int]:
-        """Ids that may be sampled at this position, ascending."""
+    def bits(self) -> memoryview:
+        """Bit ``i`` of the little-endian bits is token ``i``: set where it may be sampled at this position.
+
+        As many 32-bit words as the vocabulary needs, as bytes. Waits where the mask is still being computed; may raise,
+        which ends the row that it is for.
+        """
         ...
 
 

@@ -86,9 +86,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         Meta(ge=1, le=86_400, description="after so many seconds without a finished step /readyz says 503"),
     ] = 120.0
+    chat_template: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="how conversations become prompts: 'mixtral' (its own format), 'checkpoint' (the checkpoint's "
+            "template), a template file, or 'auto' (mixtral where the checkpoint's template means that format)",
+        ),
+    ] = "auto"
+    strict_chat: Annotated[
+        bool, Meta(description="refuse conversations that the chat format does not allow, instead of mending them")
+    ] = False
     unknown_fields: Annotated[
         Literal["error", "warn"], Meta(description="unknown request fields: refuse, or accept with a warning header")
     ] = "error"
+    sse_keep_alive_s: Annotated[
+        Seconds, Meta(description="a stream is never silent for longer, a comment breaks the silence; 0: it may be")
+    ] = 15.0
     max_n: Annotated[Count, Meta(le=128, description="most choices of one request")] = 16
     max_body_bytes: Annotated[Count, Meta(description="largest request body")] = 1_000_000
     shutdown_timeout_s: Annotated[Seconds, Meta(description="how long SIGTERM waits for running requests")] = 30.0

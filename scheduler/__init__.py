@@ -7,6 +7,7 @@ goes first, and ``scheduler.testing`` is the kit that checks both.
 """
 
 from scheduler.accountant import KVLayout, MemoryAccountant, MemoryPlan, MemoryStats, plan_memory, request_bytes
+from scheduler.census import Blocking, Census, CensusEntry
 from scheduler.config import SchedulerConfig
 from scheduler.errors import (
     AccountingError,
@@ -48,6 +49,9 @@ __all__ = [
     "Admitted",
     "BlockEvicted",
     "BlockId",
+    "Blocking",
+    "Census",
+    "CensusEntry",
     "ConfigError",
     "DuplicateRequestError",
     "Event",

@@ -27,8 +27,7 @@ class StepDraft:
         start = state.num_computed_tokens
         num_known = len(state.tokens)
         request = state.request
-        kind = request.kind
-        samples = kind is RequestKind.GENERATE and start + num_tokens == num_known
+        samples = request.stop.max_tokens > 0 and start + num_tokens == num_known
         scores = start < len(request.prompt) and request.scores_prompt
         self._slices[request.id] = ScheduledSlice(
             request.id,
@@ -39,7 +38,7 @@ class StepDraft:
             num_tokens if scores else int(samples),
             samples,
             num_known - len(request.prompt),
-            kind is RequestKind.EMBED,
+            request.kind is RequestKind.EMBED,
             state.embedding,
         )
         self.budget -= num_tokens

@@ -1,7 +1,8 @@
 """What a step's result does to a request: check it against the plan, then apply it.
 
 Owns the stop decision: an explicit finish from outside (a stop string, an error) first, then a stop token once
-``min_tokens`` were sampled, then the length limit.
+``min_tokens`` were sampled, then the length limit. A request that samples nothing ends with its prompt: an embedding
+is complete (STOP), whoever may generate no token has reached that limit (LENGTH).
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def apply_result(
     if outcome.prompt_logprobs:
         _report_prompt_logprobs(state, scheduled, outcome, events)
     if not scheduled.samples:
-        done = state.kind is not RequestKind.GENERATE and state.num_pending_tokens == 0
-        return FinishReason.STOP if done else None
+        if state.num_pending_tokens:
+            return None
+        return FinishReason.STOP if state.kind is RequestKind.EMBED else FinishReason.LENGTH
     token_id = outcome.token_id
     assert token_id is not None, "validate_result saw to it"
     tokens = state.tokens

@@ -37,7 +37,8 @@ class RequestKind(Enum):
     """What is wanted of the model."""
 
     GENERATE = "generate"
-    """Sample tokens after the prompt."""
+    """Sample tokens after the prompt. With ``max_tokens`` 0 the prompt is computed all the same, and its blocks can be
+    found by those who come later: a warm-up of the prefix cache."""
     SCORE = "score"
     """Log-probabilities of the prompt's own tokens; nothing is sampled."""
     EMBED = "embed"
@@ -52,7 +53,7 @@ class StopRule:
     """
 
     max_tokens: int
-    """Upper bound on sampled tokens. At least 1 for GENERATE, 0 for the other kinds."""
+    """Upper bound on sampled tokens. 0 for the kinds that sample nothing."""
     stop_token_ids: frozenset[int] = frozenset()
     """Sampling one of these ends the request with STOP; the token is reported. End-of-sequence is one."""
     min_tokens: int = 0
@@ -88,10 +89,9 @@ class Request:
             raise InvalidRequestError("prompt", "at least one token is needed")
         if min(self.prompt) < 0:
             raise InvalidRequestError("prompt", "token ids are not negative")
-        if self.kind is RequestKind.GENERATE:
-            if self.stop.max_tokens < 1:
-                raise InvalidRequestError("max_tokens", f"must be at least 1, got {self.stop.max_tokens}")
-        elif self.stop.max_tokens != 0:
+        if self.stop.max_tokens < 0:
+            raise InvalidRequestError("max_tokens", f"must not be negative, got {self.stop.max_tokens}")
+        if self.stop.max_tokens and self.kind is not RequestKind.GENERATE:
             raise InvalidRequestError("max_tokens", f"must be 0 for {self.kind.value} requests")
         if not 0 <= self.stop.min_tokens <= self.stop.max_tokens:
             raise InvalidRequestError("min_tokens", f"must be between 0 and max_tokens ({self.stop.max_tokens})")

@@ -39,6 +39,7 @@ from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 
 from scheduler.accountant import MemoryAccountant, request_bytes
+from scheduler.census import Blocking, Census, take_census
 from scheduler.config import SchedulerConfig
 from scheduler.draft import StepDraft
 from scheduler.errors import DuplicateRequestError, ProtocolError, QueueFullError, RequestTooLargeError
@@ -85,6 +86,8 @@ class Scheduler:
         self._open_plan: StepPlan | None = None
         self._next_serial = 0
         self._num_steps = 0
+        self._blocking = Blocking.NEXT_STEP
+        self._num_seen = 0
 
     @property
     def has_work(self) -> bool:
@@ -135,8 +138,8 @@ class Scheduler:
         draft = StepDraft(self.config.max_num_batched_tokens)
         self._end_overdue(draft, now)
         preempted = self._schedule_running(draft, now)
-        if not preempted:
-            self._fill_seats(draft, now)
+        self._blocking = Blocking.PREEMPTION if preempted else self._fill_seats(draft, now)
+        self._num_seen = self._next_serial
         draft.events.extend(map(BlockEvicted, self._kv.take_evicted()))
         self._open_plan = draft.plan(self._num_steps)
         self._observed(self._open_plan.events)
@@ -183,6 +186,18 @@ class Scheduler:
             num_cached_blocks=len(self._kv.cache),
             num_steps=self._num_steps,
             num_reserved_bytes=0 if self._accountant is None else self._accountant.reserved_bytes,
+        )
+
+    def census(self, tenant: str, most: int) -> Census:
+        """The requests of ``tenant``, the first ``most`` one by one, and what those that wait are waiting for."""
+        return take_census(
+            self._running.values(),
+            self._room,
+            self._policy,
+            tenant=tenant,
+            most=most,
+            blocking=self._blocking,
+            first_unseen=self._num_seen,
         )
 
     def drop_unheld_prefixes(self) -> int:
@@ -262,30 +277,31 @@ class Scheduler:
         self._room.enter_preempted(state)
         self._room.hand_back(self._in_flight.dissolve(state.id))
 
-    def _fill_seats(self, draft: StepDraft, now: float) -> None:
-        """Rules 4 and 5."""
+    def _fill_seats(self, draft: StepDraft, now: float) -> Blocking:
+        """Rules 4 and 5. Returns what those that are left wait for."""
         num_set_aside = 0
         num_owed: int | None = None  # counted when somebody could start, then kept up
         while draft.budget and len(self._running) < self.config.max_num_seqs:
             state = self._room.next(now, idle=not self._running)
             if state is None:
-                return
+                return Blocking.POLICY
             cached = self._cached_prefix(state)
             awaited = self._awaited_prefix(state, len(cached))
             if awaited is not None:
                 # One round sets aside at most as many as it could have seated: a step's cost stays
                 # bounded by what runs, not by how many equal prompts wait.
                 if num_set_aside == self.config.max_num_seqs:
-                    return
+                    return Blocking.NEXT_STEP
                 num_set_aside += 1
                 self._room.set_aside(state, awaited)
                 continue
             if num_owed is None:
                 num_owed = sum(map(self._blocks_owed, self._running.values()))
             if not self._fits(state, cached, num_owed):
-                return
+                return Blocking.BLOCKS
             self._start(state, cached, draft, now)
             num_owed += self._blocks_owed(state)
+        return Blocking.TOKEN_BUDGET if len(self._running) < self.config.max_num_seqs else Blocking.SEATS
 
     def _cached_prefix(self, state: RequestState) -> list[BlockId]:
         # Scored prompts need every row computed, embeddings every hidden state: a cached block has neither.

@@ -94,6 +94,10 @@ class WaitingRoom:
         for state in states:
             self._policy.enqueue(state)
 
+    def is_set_aside(self, state: RequestState) -> bool:
+        """Whether it waits for an equal prefix that is being computed."""
+        return state.id in self._in_flight
+
     def is_aged(self, state: RequestState) -> bool:
         """Whether nobody may overtake it any more."""
         return self._num_left >= state.overtake_limit

@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mixtral_serve.api.errors import InvalidRequest, clean_name
-from mixtral_serve.api.schemas.common import GenerationRequest
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
+RequestT = TypeVar("RequestT", bound=BaseModel)
 
 _MAX_DIAGNOSED_BYTES: Final = 65_536
 _MAX_INT_DIGITS: Final = 20
 _MAX_PARAM_CHARS: Final = 160
-_MAX_WARNED_FIELDS: Final = 16
 
 _CODES: Final[Mapping[str, str]] = {
     "missing": "missing_required_parameter",
@@ -37,6 +35,7 @@ _CODES: Final[Mapping[str, str]] = {
     "literal_error": "invalid_value",
     "too_long": "array_above_max_length",
     "too_short": "empty_array",
+    "string_pattern_mismatch": "invalid_value",
     "string_too_long": "string_above_max_length",
     "string_too_short": "empty_string",
     # Raised by our own validators under the code they want.
@@ -100,7 +99,7 @@ def validated(
         request = model.model_validate(fields)
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False, include_input=False)[0]) from None
-    return Validated(request, tuple(_param(location) for location in unknown[:_MAX_WARNED_FIELDS]))
+    return Validated(request, tuple(_param(location) for location in unknown))
 
 
 def _invalid(detail: Mapping[str, Any]) -> InvalidRequest:

@@ -5,17 +5,20 @@ Owns: ``Dependencies``, ``ApiSettings`` and ``Engine``, the narrow part of the e
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from mixtral_serve.api.auth import Authenticate, anyone
+from mixtral_serve.api.sse import KeepAlive
 from mixtral_serve.contract import ModelInfo
+from mixtral_serve.engine.inspection import RequestTable
 from mixtral_serve.engine.listener import EngineState
 from mixtral_serve.engine.messages import Submit
 from mixtral_serve.engine.stream import TokenStream
-from mixtral_serve.text.chat_template import ChatTemplate
+from mixtral_serve.text.chat_format import ChatEncoder
 from mixtral_serve.text.tokenizer import Tokenizer
 
 
@@ -33,6 +36,10 @@ class Engine(Protocol):
         """Start requests, all or none; raises ``RequestRefused`` or ``EngineUnavailable``."""
         ...
 
+    async def inspect(self, tenant: str) -> RequestTable:
+        """Who runs and who waits, as of the next tick; raises ``EngineUnavailable``."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
@@ -45,6 +52,8 @@ class ApiSettings:
     """From the first read of a body to its end."""
     unknown_fields: Literal["error", "warn"] = "error"
     """What an unknown field of a request is: a 400, or a warning header."""
+    sse_keep_alive_s: float = 15.0
+    """A stream is never silent for longer; 0: it may be."""
 
 
 def _never_short() -> None:
@@ -57,7 +66,7 @@ class Dependencies:
 
     engine: Engine
     tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
+    chat_template: ChatEncoder | None
     """None for a base model: chat is refused."""
     model_names: tuple[str, ...]
     """Names the model is served under; answers carry the one that was asked for."""
@@ -72,3 +81,9 @@ class Dependencies:
     authenticate: Authenticate = anyone
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    @property
+    def keep_alive(self) -> KeepAlive:
+        """How streams break their silence."""
+        return KeepAlive(self.settings.sse_keep_alive_s, self.pause)

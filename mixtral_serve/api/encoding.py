@@ -16,12 +16,17 @@ from typing import Final, TypeVar
 from mixtral_serve.api.errors import InvalidRequest
 from mixtral_serve.contract import ModelInfo
 from mixtral_serve.engine.admission import limit_for
-from mixtral_serve.text.chat_template import ChatTemplate
-from mixtral_serve.text.conversation import ChatMessage
+from mixtral_serve.text.chat_format import ChatEncoder
+from mixtral_serve.text.conversation import ChatMessage, Rendering
 from mixtral_serve.text.tokenizer import Tokenizer
+from mixtral_serve.text.tool_text import tools_text
 
 _LONG_BYTES: Final = 8_192
 """A few milliseconds of tokenising at the most: longer requests go to the thread."""
+_LONG_PROMPTS: Final = 2_048
+"""The same for tokens to be turned into text."""
+
+_ANSWERED: Final = Rendering()
 
 T = TypeVar("T")
 
@@ -29,13 +34,20 @@ T = TypeVar("T")
 class PromptEncoder:
     """Encodes the prompts of both endpoints."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatEncoder | None) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
 
-    async def chat(self, messages: Sequence[ChatMessage], info: ModelInfo) -> array[int]:
-        """Ids of a conversation.
+    async def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        info: ModelInfo,
+        *,
+        how: Rendering = _ANSWERED,
+        may_be_too_long: bool = False,
+    ) -> array[int]:
+        """Ids of a conversation. ``may_be_too_long``: it is cut afterwards.
 
         Raises:
             InvalidRequest: it cannot fit, or the model has no chat template.
@@ -46,18 +58,49 @@ class PromptEncoder:
             message = "The model has no chat template: use /v1/completions."
             raise InvalidRequest(message, param="messages", code="unsupported_parameter")
         texts = [message.content for message in messages]
-        self._check_length(texts, info, "messages")
-        return await self._encoded(texts, lambda: template.encode(messages))
+        texts += [call.arguments for message in messages for call in message.calls]
+        texts += [tools_text(how.tools)] if how.tools else []
+        if not may_be_too_long:
+            self._check_length(texts, info, "messages")
+        return await self._encoded(
+            texts,
+            lambda: template.encode(
+                messages,
+                tools=how.tools,
+                add_generation_prompt=how.add_generation_prompt,
+                continue_final_message=how.continue_final_message,
+            ),
+        )
 
-    async def texts(self, texts: Sequence[str], info: ModelInfo) -> list[array[int]]:
-        """Ids of a completion's prompts, each with the beginning-of-sequence token.
+    async def texts(
+        self,
+        texts: Sequence[str],
+        info: ModelInfo,
+        *,
+        param: str = "prompt",
+        add_bos: bool = True,
+        may_be_too_long: bool = False,
+    ) -> list[array[int]]:
+        """Ids of the texts in the field ``param``, each with the beginning-of-sequence token where ``add_bos`` asks
+        for it. ``may_be_too_long``: they are cut afterwards.
 
         Raises:
             InvalidRequest: one of them cannot fit.
         """
-        for text in texts:
-            self._check_length([text], info, "prompt")
-        return await self._encoded(texts, lambda: [self._tokenizer.encode(text, add_bos=True) for text in texts])
+        if not may_be_too_long:
+            for text in texts:
+                self._check_length([text], info, param)
+        return await self._encoded(texts, lambda: [self._tokenizer.encode(text, add_bos=add_bos) for text in texts])
+
+    async def decoded(self, prompts: Sequence[array[int]], *, skip_special_tokens: bool) -> list[str]:
+        """The texts of ``prompts``, in the side thread if they are long."""
+
+        def decode() -> list[str]:
+            return [self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in prompts]
+
+        if sum(map(len, prompts)) <= _LONG_PROMPTS:
+            return decode()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, decode)
 
     async def _encoded(self, texts: Sequence[str], encode: Callable[[], T]) -> T:
         """``encode()``, in the side thread if all ``texts`` together are long."""

@@ -3,6 +3,7 @@
     ApiError
     ├── InvalidRequest            400, with the field's name and one of OpenAI's code strings
     ├── ModelNotFound             404
+    ├── RequestNotFound           404, nothing to cancel
     ├── BodyTimeout               408
     ├── BodyTooLarge              413
     ├── UnsupportedMediaType      415
@@ -33,6 +34,7 @@ from mixtral_serve.engine.errors import (
     MemoryPressure,
     PromptTooLong,
     QueueFull,
+    RequestCancelled,
     RequestFailed,
     RequestRefused,
     TokenOutOfRange,
@@ -59,6 +61,10 @@ class InvalidRequest(ApiError):
 
 class ModelNotFound(ApiError):
     """No model is served under the name that was asked for."""
+
+
+class RequestNotFound(ApiError):
+    """No request of the caller's is under way under the id that was given."""
 
 
 class BodyTimeout(ApiError):
@@ -151,6 +157,7 @@ _SHORT: Final = "The server is short of memory. Try again later."
 _TABLE: Final[tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...]] = (
     (InvalidRequest, lambda e: Problem(400, INVALID_REQUEST, e.code, str(e), e.param)),
     (ModelNotFound, lambda e: Problem(404, INVALID_REQUEST, "model_not_found", str(e), "model")),
+    (RequestNotFound, lambda e: Problem(404, INVALID_REQUEST, "request_not_found", str(e))),
     (BodyTimeout, lambda _: Problem(408, INVALID_REQUEST, "request_timeout", "The request body came too slowly.")),
     (BodyTooLarge, lambda e: Problem(413, INVALID_REQUEST, "request_too_large", f"Refused: {e}.")),
     (UnsupportedMediaType, lambda e: Problem(415, INVALID_REQUEST, "unsupported_media_type", str(e))),
@@ -180,6 +187,7 @@ _TABLE: Final[tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...]] 
             503, "service_unavailable_error", "interrupted", f"{e}.", retry_after_s=_RETRY_AFTER_FAILURE_S
         ),
     ),
+    (RequestCancelled, lambda e: Problem(400, INVALID_REQUEST, "request_cancelled", f"{e}.")),
     (RequestFailed, _failed),
     (ChatTemplateError, lambda e: Problem(400, INVALID_REQUEST, "invalid_value", f"'messages': {e}.", "messages")),
     (HTTPException, _http_problem),

@@ -7,10 +7,12 @@ cancels every choice at once.
 from __future__ import annotations
 
 import asyncio
+import time
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from starlette.responses import Response
 from starlette.types import Receive
@@ -19,9 +21,12 @@ from mixtral_serve.api.convert import Choice, finish_reason, usage
 from mixtral_serve.api.deps import Engine
 from mixtral_serve.api.formats import AnswerFormat
 from mixtral_serve.api.responses import JsonResponse, until_disconnect
-from mixtral_serve.api.sse import DONE, EventStream
+from mixtral_serve.api.sse import DONE, EventStream, KeepAlive
 from mixtral_serve.engine.messages import Delta, Submit
 from mixtral_serve.engine.stream import TokenStream
+
+_MANY_SCORES: Final = 1_000
+"""Positions of prompts whose log-probabilities take some milliseconds to spell: beyond them a thread does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,17 @@ class Generation:
     stream: bool
     include_usage: bool
     headers: dict[str, str]
+    keep_alive: KeepAlive = field(default_factory=KeepAlive)
+    clock: Callable[[], float] = time.monotonic
+
+    def progress(self, index: int, delta: Delta, started_s: float) -> dict[str, object]:
+        """How far the prompt of choice ``index`` has come, in llama.cpp's words."""
+        return {
+            "total": len(self.prompts[index * len(self.prompts) // len(self.submits)]),
+            "cache": delta.num_cached_tokens,
+            "processed": delta.num_prompt_tokens_done,
+            "time_ms": round(1000 * (self.clock() - started_s)),
+        }
 
 
 async def generate(generation: Generation, engine: Engine, *, receive: Receive) -> Response:
@@ -44,12 +60,21 @@ async def generate(generation: Generation, engine: Engine, *, receive: Receive) 
     """
     streams = engine.submit(generation.submits)
     if generation.stream:
-        return EventStream(_events(generation, streams), on_close=lambda: _cancel(streams), headers=generation.headers)
+        return EventStream(
+            _events(generation, streams),
+            on_close=lambda: _cancel(streams),
+            headers=generation.headers,
+            keep_alive=generation.keep_alive,
+        )
     try:
         choices = await until_disconnect(receive, _collected(streams))
     finally:
         _cancel(streams)
-    answer = generation.format.answer(choices, usage(generation.prompts, choices))
+    counts = usage(generation.prompts, choices)
+    if sum(len(choice.prompt_logprobs) for choice in choices) > _MANY_SCORES:
+        answer = await asyncio.to_thread(generation.format.answer, choices, counts)
+    else:
+        answer = generation.format.answer(choices, counts)
     return JsonResponse(answer, headers=generation.headers)
 
 
@@ -73,10 +98,14 @@ async def _collected(streams: Sequence[TokenStream]) -> list[Choice]:
 async def _events(generation: Generation, streams: Sequence[TokenStream]) -> AsyncGenerator[bytes, None]:
     spell = generation.format
     choices = [Choice() for _ in streams]
+    started_s = generation.clock()
     preamble = b"".join([spell.opening(index) for index in range(len(streams))])
     async with aclosing(_merged(streams)) as deltas:
         async for index, delta in deltas:
-            data = preamble + spell.chunk(index, delta)
+            data = preamble
+            if delta.num_prompt_tokens_done:
+                data += spell.progress(index, generation.progress(index, delta, started_s))
+            data += spell.chunk(index, delta)
             preamble = b""
             choices[index].count(delta)
             if data:

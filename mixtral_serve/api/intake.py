@@ -20,6 +20,7 @@ from mixtral_serve.api.deps import Dependencies
 from mixtral_serve.api.errors import ModelNotFound
 from mixtral_serve.api.formats import AnswerHead
 from mixtral_serve.api.schemas.common import GenerationRequest
+from mixtral_serve.api.schemas.refused import Screen
 from mixtral_serve.contract import ModelInfo
 from mixtral_serve.engine.errors import EngineUnavailable
 
@@ -27,6 +28,7 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 WARNING_HEADER: Final = "x-mixtral-serve-warning"
 _LOADING_RETRY_AFTER_S: Final = 5.0
+_MAX_WARNED_FIELDS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +41,16 @@ class Order(Generic[RequestT]):
     head: AnswerHead
     headers: dict[str, str]
 
-    @property
-    def include_usage(self) -> bool:
-        options = self.request.stream_options
-        return options is not None and options.include_usage
-
 
 class Intake(Generic[RequestT]):
     """Reads and checks the requests of one endpoint."""
 
     def __init__(
-        self, deps: Dependencies, model: type[RequestT], *, screen: Callable[[Mapping[str, Any]], dict[str, Any]]
+        self,
+        deps: Dependencies,
+        model: type[RequestT],
+        *,
+        screen: Callable[[Mapping[str, Any], Screen], dict[str, Any]],
     ) -> None:
         """``screen`` drops nulls and refuses unsupported fields before ``model`` validates."""
         self._deps = deps
@@ -67,8 +68,10 @@ class Intake(Generic[RequestT]):
         arrival_s = deps.clock()
         caller = deps.authenticate(request.headers)
         deps.check_memory()
-        fields = self._screen(parse_json(await request.body()))
-        checked = validated(self._model, fields, unknown_fields=deps.settings.unknown_fields)
+        unknown_fields = deps.settings.unknown_fields
+        screen = Screen(drops=unknown_fields == "warn")
+        fields = self._screen(parse_json(await request.body()), screen)
+        checked = validated(self._model, fields, unknown_fields=unknown_fields)
         asked = checked.request
         asked.check_fields(max_n=deps.settings.max_n)
         require_model(asked.model, deps)
@@ -76,7 +79,8 @@ class Intake(Generic[RequestT]):
         if info is None:
             raise EngineUnavailable(deps.engine.state.value, _LOADING_RETRY_AFTER_S)
         answer_id = f"{id_prefix}-{secrets.token_hex(16)}"
-        headers = {WARNING_HEADER: "ignored: " + ", ".join(checked.ignored)} if checked.ignored else {}
+        ignored = (*screen.dropped, *checked.ignored)[:_MAX_WARNED_FIELDS]
+        headers = {WARNING_HEADER: "ignored: " + ", ".join(ignored)} if ignored else {}
         return Order(
             request=asked,
             info=info,

@@ -27,7 +27,7 @@ from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.model.manifest import verify_files
 from mixtral_serve.model.shape import Weights
 from mixtral_serve.settings import Settings
-from mixtral_serve.text.chat_template import load_chat_template
+from mixtral_serve.text.chat_format import load_chat_format
 from mixtral_serve.text.errors import TextError
 from mixtral_serve.text.tokenizer import load_tokenizer
 from scheduler.errors import ConfigError, PlanError
@@ -81,7 +81,7 @@ def examine(settings: Settings, *, verify: bool = False, meminfo: Path = machine
             Finding("ok", "model", f"{plan.model_names[0]}: {plan.shape.num_parameters:,} parameters"),
             _checked("weights", lambda: _weights(plan, verify=verify)),
             _kernels(plan.weights, settings.kernels),
-            _checked("tokenizer", lambda: _tokenizer(plan)),
+            _checked("tokenizer", lambda: _tokenizer(settings, plan)),
             Finding("ok", "memory plan", plan.memory.table().strip()),
             _checked("schedule", lambda: _schedule(settings, plan)),
             _machine_memory(plan, meminfo),
@@ -140,10 +140,10 @@ def _weights(plan: ServingPlan, *, verify: bool) -> str:
     return f"{found}, packed as {checkpoint.manifest.weights} and verified"
 
 
-def _tokenizer(plan: ServingPlan) -> str:
+def _tokenizer(settings: Settings, plan: ServingPlan) -> str:
     tokenizer = load_tokenizer(plan.checkpoint)
-    template = load_chat_template(plan.checkpoint, tokenizer)
-    kind = "no chat template: chat requests are refused" if template is None else "with chat template"
+    chat = load_chat_format(plan.checkpoint, tokenizer, choice=settings.chat_template, strict=settings.strict_chat)
+    kind = "no chat template: chat requests are refused" if chat is None else f"chat by {chat.description}"
     return f"{tokenizer.vocab_size:,} pieces, {kind}"
 
 

@@ -34,7 +34,7 @@ from mixtral_serve.observe.logs import RequestLog, configure_logging
 from mixtral_serve.observe.memory import MemoryCollector, MemoryMonitor, PlannedMemory
 from mixtral_serve.observe.metrics import EngineMetrics
 from mixtral_serve.settings import Settings, to_json
-from mixtral_serve.text.chat_template import ChatTemplate, load_chat_template
+from mixtral_serve.text.chat_format import ChatEncoder, load_chat_format
 from mixtral_serve.text.errors import TextError
 from mixtral_serve.text.tokenizer import Tokenizer, load_tokenizer
 from scheduler.errors import ConfigError, PlanError
@@ -64,7 +64,9 @@ def run_server(settings: Settings) -> int:
         scheduler_config(settings, plan)
         open_checkpoint(plan.checkpoint)
         tokenizer = load_tokenizer(plan.checkpoint)
-        chat_template = load_chat_template(plan.checkpoint, tokenizer)
+        chat_template = load_chat_format(
+            plan.checkpoint, tokenizer, choice=settings.chat_template, strict=settings.strict_chat
+        )
     except (CheckpointError, TextError) as error:
         return _refuse(f"{settings.model}: {error}", EXIT_CONFIG)
     except (ConfigError, PlanError) as error:
@@ -90,7 +92,7 @@ async def _serve(
     settings: Settings,
     plan: ServingPlan,
     tokenizer: Tokenizer,
-    chat_template: ChatTemplate | None,
+    chat_template: ChatEncoder | None,
     where: _Port,
 ) -> int:
     _log.info("memory plan for %s\n%s", plan.model_names[0], plan.memory.table())
@@ -118,7 +120,10 @@ async def _serve(
         check_memory=MemoryGate(MemoryWatch(marks, read=monitor.total)).check,
         version=__version__,
         settings=ApiSettings(
-            max_n=settings.max_n, max_body_bytes=settings.max_body_bytes, unknown_fields=settings.unknown_fields
+            max_n=settings.max_n,
+            max_body_bytes=settings.max_body_bytes,
+            unknown_fields=settings.unknown_fields,
+            sse_keep_alive_s=settings.sse_keep_alive_s,
         ),
     )
     host, port = where.listener.getsockname()[:2]

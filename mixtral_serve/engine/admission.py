@@ -13,13 +13,15 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from mixtral_serve.contract import ModelInfo
 from mixtral_serve.engine.errors import PromptTooLong, TokenOutOfRange
 from mixtral_serve.engine.messages import EngineStats, Submit
+from mixtral_serve.engine.parameters import check_parameters
 from scheduler.config import SchedulerConfig
-from scheduler.request import TOKEN_TYPECODE, RequestKind
+from scheduler.request import TOKEN_TYPECODE
 
 COMPLETION_DEFAULT_MAX_TOKENS: Final = 16
 """What OpenAI's completions endpoint generates when the client does not say."""
@@ -40,15 +42,15 @@ def limit_for(info: ModelInfo) -> int:
 def resolve_max_tokens(info: ModelInfo, num_prompt_tokens: int, asked: int | None, *, default: int | None) -> int:
     """The ``max_tokens`` of a GENERATE request.
 
-    An explicit ``asked`` is kept or refused, never cut. Without one, ``default`` (None: all that is left) is
-    cut to what is left beside the prompt.
+    An explicit ``asked`` is kept or refused, never cut; with 0 the prompt may fill the whole limit. Without one,
+    ``default`` (None: all that is left) is cut to what is left beside the prompt.
 
     Raises:
         PromptTooLong: the prompt leaves no room for a token, or not for ``asked`` tokens.
     """
     limit = limit_for(info)
     left = limit - num_prompt_tokens
-    if left < 1:
+    if left < (0 if asked == 0 else 1):
         raise PromptTooLong(num_prompt_tokens, None, limit)
     if asked is None:
         return left if default is None else min(default, left)
@@ -87,8 +89,7 @@ def check_size(submit: Submit, num_prompt_tokens: int, limit: int) -> None:
     Raises:
         PromptTooLong: says which of the two it was.
     """
-    least_output = 1 if submit.kind is RequestKind.GENERATE else 0
-    if num_prompt_tokens + least_output > limit:
+    if num_prompt_tokens + min(submit.max_tokens, 1) > limit:
         raise PromptTooLong(num_prompt_tokens, None, limit)
     if num_prompt_tokens + submit.max_tokens > limit:
         raise PromptTooLong(num_prompt_tokens, submit.max_tokens, limit)
@@ -105,6 +106,9 @@ def check_submits(requests: Sequence[Submit], info: ModelInfo) -> None:
         check_size(submit, len(submit.prompt) // array(TOKEN_TYPECODE).itemsize, limit)
     for prompt, stop_token_ids in {(submit.prompt, submit.stop_token_ids) for submit in requests}:
         check_token_ids(decode_prompt(prompt), stop_token_ids, info.vocab_size)
+    # Apart from their number the choices of a call have the same parameters.
+    for sampling in {replace(submit.sampling, choice=0, seed=0) for submit in requests}:
+        check_parameters(sampling, info.vocab_size)
 
 
 def num_waiting(stats: EngineStats, num_live: int, max_num_seqs: int) -> int:
@@ -135,10 +139,18 @@ class FinishRate:
         self._ends_s.extend([now] * count)
         self._num_refused = max(0, self._num_refused - count)
 
+    def note_idle(self) -> None:
+        """Nothing is left to do: what ended before says nothing of the requests to come."""
+        self._ends_s.clear()
+
+    def seconds_per_end(self, now: float) -> float | None:
+        """Seconds between two ends, of late; None while too few were seen."""
+        return (now - self._ends_s[0]) / len(self._ends_s) if len(self._ends_s) > 1 else None
+
     def retry_after_s(self, now: float) -> float:
         """Seconds after which the request refused at ``now`` can expect a place."""
         self._num_refused += 1
-        if len(self._ends_s) < 2:
+        seconds_per_end = self.seconds_per_end(now)
+        if seconds_per_end is None:
             return _UNKNOWN_RETRY_AFTER_S
-        seconds_per_end = (now - self._ends_s[0]) / len(self._ends_s)
         return min(max(self._num_refused * seconds_per_end, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)

@@ -40,10 +40,12 @@ from mixtral_serve.engine.errors import (
     MemoryPressure,
     QueueFull,
 )
+from mixtral_serve.engine.inspection import Inspections, RequestTable
 from mixtral_serve.engine.launch import EngineLaunch, EngineProcess
 from mixtral_serve.engine.listener import EngineListener, EngineState
 from mixtral_serve.engine.messages import (
     Cancel,
+    Command,
     Delta,
     EngineStats,
     Failed,
@@ -102,7 +104,8 @@ class EngineClient:
         self._num_ticks = 0
         self._process: EngineProcess | None = None
         self._streams: dict[str, TokenStream] = {}
-        self._commands: list[Submit | Cancel | Shutdown] = []
+        self._commands: list[Command] = []
+        self._inspections = Inspections(self._post, self._finish_rate)
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._stop_task: asyncio.Task[None] | None = None
@@ -212,6 +215,13 @@ class EngineClient:
                 self._tell(listener.on_submit, request, now)
         return tuple(streams)
 
+    async def inspect(self, tenant: str) -> RequestTable:
+        """The requests of ``tenant`` as of the next tick. Raises ``EngineUnavailable`` where no engine answers."""
+        table = await self._inspections.ask(tenant) if self._state is EngineState.READY else None
+        if table is None:
+            raise self._unavailable()
+        return table
+
     # What the engine says
 
     def _on_message(self, message: Outbox) -> None:
@@ -241,16 +251,17 @@ class EngineClient:
         if num_ended:
             self._finish_rate.note_finished(now, num_ended)
             if not self._streams:
+                self._finish_rate.note_idle()
                 self._changed.set()
+        self._inspections.on_tick(tick, now)
         for listener in self._listeners:
             self._tell(listener.on_tick, tick, now)
 
     def _end_all(self, error: str) -> None:
         """The live requests will hear nothing more from an engine: end them here."""
-        deltas = tuple(
-            Delta(request_id=request_id, finish_reason=FinishReason.ERROR.value, error=error)
-            for request_id in self._streams
-        )
+        reason = FinishReason.ERROR.value
+        deltas = tuple([Delta(request_id=key, finish_reason=reason, error=error) for key in self._streams])
+        self._inspections.end()
         self._commands.clear()
         self._on_tick(Tick(deltas=deltas, stats=EngineStats(), timing=None))
 
@@ -272,7 +283,7 @@ class EngineClient:
 
     # What the engine is told
 
-    def _post(self, command: Submit | Cancel | Shutdown) -> None:
+    def _post(self, command: Command) -> None:
         """Send with whatever else this turn of the event loop brings, as one message."""
         if not self._commands:
             asyncio.get_running_loop().call_soon(self._flush)

@@ -29,17 +29,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Final
+from concurrent.futures import Executor
+from typing import Final, NamedTuple
 
 from mixtral_serve.contract import ModelInfo, RunBatch, Runner, SamplingParams
 from mixtral_serve.engine.admission import check_token_ids, decode_prompt
 from mixtral_serve.engine.errors import MemoryPressure, RequestRefused
+from mixtral_serve.engine.grammars import POLL_S, Grammars
 from mixtral_serve.engine.memory import MemoryWatch
-from mixtral_serve.engine.messages import Cancel, EngineMemory, EngineStats, Shutdown, StepTiming, Submit, Tick
-from mixtral_serve.engine.outputs import Outputs
+from mixtral_serve.engine.messages import (
+    Cancel,
+    Command,
+    EngineMemory,
+    EngineStats,
+    Inspect,
+    StepTiming,
+    Submit,
+    Tick,
+)
+from mixtral_serve.engine.outputs import Outputs, RequestOutput
+from mixtral_serve.engine.parameters import check_parameters, extra_bytes, sampling_of
 from mixtral_serve.text.detokenizer import TokenBytes
-from scheduler.accountant import logprob_bytes
-from scheduler.errors import AdmissionError
+from mixtral_serve.text.grammar_vocabulary import MATCHER_BYTES, Matcher, Vocabulary
+from scheduler.census import Census, with_compiling
+from scheduler.errors import AdmissionError, DuplicateRequestError
 from scheduler.events import Admitted, Event, Finished, Preempted, PrefixHit, TokensCommitted
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import StepPlan, StepResult
@@ -64,9 +77,10 @@ class EngineCore:
         memory: MemoryWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
         max_failed_steps: int = 16,
+        compiler: Executor | None = None,
     ) -> None:
         """``memory`` None: nobody watches it. ``max_failed_steps``: after so many failed steps in a row the runner
-        counts as broken."""
+        counts as broken. ``compiler`` compiles grammars; None: a thread of our own."""
         self._scheduler = scheduler
         self._runner = runner
         self._memory = memory
@@ -74,6 +88,10 @@ class EngineCore:
         self._outputs = Outputs(table)
         self._sampling: dict[RequestId, SamplingParams] = {}
         self._eos_token_ids = frozenset(runner.info.eos_token_ids)
+        self._grammars: Grammars[_Prepared] = Grammars(
+            lambda: Vocabulary(table, eos_token_ids=runner.info.eos_token_ids, vocab_size=runner.info.vocab_size),
+            compiler=compiler,
+        )
         self._vocab_size = runner.info.vocab_size
         self._counters = _Counters()
         self._max_failed_steps = max_failed_steps
@@ -81,17 +99,21 @@ class EngineCore:
         self._num_idle_in_a_row = 0
         self._is_shut_down = False
         self._has_news = False
+        self._inspections: dict[str, Inspect] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether ``tick`` has anything to do or to say."""
-        return self._scheduler.has_work or self._outputs.has_deltas or self._has_news
+        has_news = self._has_news or bool(self._inspections) or self._grammars.has_ready
+        return self._scheduler.has_work or self._outputs.has_deltas or has_news
 
     @property
     def wait_s(self) -> float | None:
         """How long ``tick`` need not be called, as things are; None: until a command comes."""
         if self.has_work:
             return 0.0
+        if self._grammars.compiling_ids:
+            return POLL_S
         return self._memory.period_s if self._memory is not None and self._memory.is_under_pressure else None
 
     @property
@@ -104,16 +126,18 @@ class EngineCore:
         """The runner failed so often in a row that only a fresh process can help."""
         return self._num_failed_in_a_row >= self._max_failed_steps
 
-    def handle(self, commands: Iterable[Submit | Cancel | Shutdown]) -> None:
+    def handle(self, commands: Iterable[Command]) -> None:
         """Take in commands. Their consequences are told by the next ``tick``."""
         for command in commands:
             if isinstance(command, Submit):
                 self._submit(command)
             elif isinstance(command, Cancel):
                 self._finish(command.request_id, FinishReason.CANCELLED)
+            elif isinstance(command, Inspect):
+                self._inspections[command.tenant] = command
             else:
                 self._is_shut_down = True
-                for request_id in self._outputs.live_ids:
+                for request_id in (*self._outputs.live_ids, *self._grammars.compiling_ids):
                     self._finish(request_id, FinishReason.CANCELLED)
 
     def tick(self) -> Tick | None:
@@ -128,9 +152,17 @@ class EngineCore:
         if not self.has_work:
             return None
         self._has_news = False
+        for ready in self._grammars.take_ready():
+            self._add(ready.held, ready.matcher, ready.error)
         timing = self._step() if self._scheduler.has_work else None
         deltas = self._outputs.take()
-        return Tick(deltas=deltas, stats=self._stats(), timing=timing)
+        inspections, self._inspections = self._inspections.values(), {}
+        censuses = tuple([self._census(asked) for asked in inspections])
+        return Tick(deltas=deltas, stats=self._stats(), timing=timing, censuses=censuses)
+
+    def _census(self, asked: Inspect) -> Census:
+        census = self._scheduler.census(asked.tenant, asked.most)
+        return with_compiling(census, [held.request for held in self._grammars.held], most=asked.most)
 
     @property
     def _is_pressed(self) -> bool:
@@ -150,17 +182,34 @@ class EngineCore:
             _log.exception("request %s could not be started", submit.request_id)
             self._outputs.refuse(submit.request_id, f"it could not be started: {error!r}", None)
             return
-        try:
-            self._scheduler.add(request, self._clock())
-        except AdmissionError as refusal:
-            self._outputs.refuse(submit.request_id, str(refusal), type(refusal).__name__)
+        prepared = _Prepared(request, output, sampling_of(submit, request.stop))
+        if submit.request_id in self._grammars.compiling_ids:
+            self._outputs.refuse(submit.request_id, "its id is taken", DuplicateRequestError.__name__)
+        elif submit.grammar is None:
+            self._add(prepared)
+        else:
+            self._grammars.start(submit.request_id, submit.grammar, prepared)
+
+    def _add(self, prepared: _Prepared, matcher: Matcher | None = None, error: str | None = None) -> None:
+        """To the scheduler with it; where ``error`` says why it cannot start, to its end."""
+        request_id = prepared.request.id
+        if error is not None:
+            self._outputs.refuse(request_id, error, None)
             return
-        self._outputs.open(submit.request_id, output)
-        self._sampling[request.id] = submit.sampling
+        try:
+            self._scheduler.add(prepared.request, self._clock())
+        except AdmissionError as refusal:
+            self._outputs.refuse(request_id, str(refusal), type(refusal).__name__)
+            return
+        self._outputs.open(request_id, prepared.output)
+        self._sampling[request_id] = prepared.sampling
+        if matcher is not None:
+            self._grammars.open(request_id, matcher)
 
     def _request(self, submit: Submit) -> Request:
         prompt = decode_prompt(submit.prompt)
         check_token_ids(prompt, submit.stop_token_ids, self._vocab_size)
+        check_parameters(submit.sampling, self._vocab_size)
         stop_token_ids = frozenset(submit.stop_token_ids)
         return Request(
             id=RequestId(submit.request_id),
@@ -177,10 +226,15 @@ class EngineCore:
             cache_salt=submit.cache_salt,
             deadline_s=submit.deadline_s,
             prompt_logprobs=submit.sampling.prompt_logprobs is not None,
-            extra_bytes=_logprob_bytes(len(prompt), submit),
+            extra_bytes=extra_bytes(len(prompt), submit) + (0 if submit.grammar is None else MATCHER_BYTES),
         )
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:
+        waits = self._grammars.drop(request_id)
+        if waits is not None:  # the scheduler has not heard of it
+            self._outputs.open(request_id, waits.output)
+            self._outputs.apply((Finished(waits.request.id, reason, num_output_tokens=0, num_cached_tokens=0),))
+            return
         self._apply(self._scheduler.finish(RequestId(request_id), reason))
 
     def _step(self) -> StepTiming:
@@ -195,9 +249,10 @@ class EngineCore:
             result = self._run(plan)
             ran_s = self._clock()
             if len(result.results) == len(plan.slices):  # otherwise ``commit`` says what is wrong with it
-                result = self._outputs.decide(plan, result)
+                result = self._grammars.advance(plan, self._outputs.decide(plan, result))
         before_commit_s = self._clock()
         self._apply(self._scheduler.commit(result, before_commit_s))
+        self._outputs.note_progress(plan)
         ended_s = self._clock()
         return StepTiming(
             step_id=plan.step_id,
@@ -210,7 +265,8 @@ class EngineCore:
 
     def _run(self, plan: StepPlan) -> StepResult:
         sampling = self._sampling
-        batch = RunBatch(plan, tuple([sampling[scheduled.request_id] for scheduled in plan.slices]))
+        params = tuple([sampling[scheduled.request_id] for scheduled in plan.slices])
+        batch = RunBatch(plan, params, self._grammars.masks(plan))
         try:
             result = self._runner.run(batch)
         except Exception as error:  # noqa: BLE001 - whatever a runner raises ends the step, not the engine
@@ -234,13 +290,14 @@ class EngineCore:
         for event in events:
             if isinstance(event, Finished):
                 del self._sampling[event.request_id]
+                self._grammars.forget(event.request_id)
 
     def _stats(self) -> EngineStats:
         now = self._scheduler.stats()
         counters = self._counters
         return EngineStats(
             num_running=now.num_running,
-            num_waiting=now.num_waiting + now.num_preempted,
+            num_waiting=now.num_waiting + now.num_preempted + len(self._grammars.compiling_ids),
             num_blocks=now.num_blocks,
             num_used_blocks=now.num_used_blocks,
             num_preemptions=counters.num_preemptions,
@@ -255,11 +312,12 @@ class EngineCore:
         )
 
 
-def _logprob_bytes(num_prompt_tokens: int, submit: Submit) -> int:
-    """What the log-probabilities that ``submit`` asks for may weigh until its client has read them."""
-    of_prompt, of_output = submit.sampling.prompt_logprobs, submit.sampling.logprobs
-    prompt_bytes = 0 if of_prompt is None else logprob_bytes(num_prompt_tokens, 0, of_prompt)
-    return prompt_bytes + logprob_bytes(0, submit.max_tokens, of_output or 0)
+class _Prepared(NamedTuple):
+    """A request on its way to the scheduler."""
+
+    request: Request
+    output: RequestOutput
+    sampling: SamplingParams
 
 
 class _Counters:
@@ -311,4 +369,5 @@ def model_info(runner: Runner, scheduler: Scheduler) -> ModelInfo:
         block_size=info.block_size,
         weights_bytes=info.weights_bytes,
         kv_cache_bytes=info.kv_cache_bytes,
+        hidden_size=info.hidden_size,
     )

@@ -8,6 +8,7 @@
     ├── EngineUnavailable         the server's own state: loading, restarting, draining, dead
     │   └── MemoryPressure            memory is nearly used up; requests are taken again when there is some
     ├── EngineStartError          the engine cannot start as configured; a restart would not help
+    ├── RequestCancelled          accepted, then cancelled by another call
     └── RequestFailed             accepted, then ended by an error or by the death of the engine
 
 The texts are for logs and may be shown to clients: they name no path, address or input text.
@@ -92,6 +93,13 @@ class EngineStartError(EngineError):
         super().__init__(message)
         self.message = message
         self.exit_code = exit_code
+
+
+class RequestCancelled(EngineError):
+    """An accepted request that somebody else than its reader cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__("The request was cancelled by its id")
 
 
 class RequestFailed(EngineError):

@@ -31,7 +31,7 @@ from typing import Final
 
 import msgspec
 
-from mixtral_serve.contract import ModelInfo, RunBatch, SamplingParams
+from mixtral_serve.contract import ModelInfo, RunBatch, SamplingParams, TokenMask
 from mixtral_serve.engine.errors import EngineStartError
 from mixtral_serve.engine.memory import MemoryWatch, Watermarks, limit_data
 from mixtral_serve.engine.process import EngineParts, run_engine
@@ -146,6 +146,7 @@ class FakeRunner:
             block_size=script.block_size,
             weights_bytes=0,
             kv_cache_bytes=4 * len(self._slots),
+            hidden_size=_EMBEDDING_SIZE,
         )
 
     @property
@@ -162,14 +163,15 @@ class FakeRunner:
         step_fault = script.faults.get(self.num_steps)
         self._commit(step_fault)
         results = []
-        for scheduled, sampling in batch.rows():
+        masks = batch.masks or (None,) * len(batch.plan.slices)
+        for (scheduled, sampling), mask in zip(batch.rows(), masks, strict=True):
             self._write(scheduled)
             fault = Fault.NAN if step_fault is Fault.NAN else self._poison(scheduled)
             if fault is Fault.NAN:
                 results.append(_error(scheduled, "non-finite logits"))
                 continue
             self._commit(fault)
-            results.append(self._compute(scheduled, sampling))
+            results.append(self._masked(self._compute(scheduled, sampling), mask))
         return StepResult(tuple(results))
 
     def reference(self, prompt: Sequence[int], sampling: SamplingParams, max_tokens: int) -> list[int]:
@@ -200,6 +202,19 @@ class FakeRunner:
             prompt_logprobs=self._prompt_logprobs(scheduled, num_prompt_tokens, sampling.prompt_logprobs or 0),
             embedding=_embedding(scheduled) if scheduled.pools else None,
         )
+
+    def _masked(self, result: SliceResult, mask: TokenMask | None) -> SliceResult:
+        """The same with a token that is allowed, chosen by its own, where ``mask`` forbids its own."""
+        if mask is None or result.token_id is None:
+            return result
+        try:
+            bits = int.from_bytes(mask.bits(), "little")
+        except Exception as error:  # noqa: BLE001 - as a real runner: it ends this row only
+            return SliceResult(result.request_id, finish=FinishReason.ERROR, error=f"the token mask failed: {error}")
+        if bits >> result.token_id & 1:
+            return result
+        allowed = [token_id for token_id in range(self._info.vocab_size) if bits >> token_id & 1]
+        return result._replace(token_id=allowed[result.token_id % len(allowed)])
 
     def _next_token(self, tokens: array[int], num_prompt_tokens: int, sampling: SamplingParams) -> int:
         position = len(tokens) - num_prompt_tokens
@@ -242,7 +257,8 @@ class FakeRunner:
         return gathered[:end]
 
     def _poison(self, scheduled: ScheduledSlice) -> Fault | None:
-        if not self.script.poison or not scheduled.num_logits:
+        is_part = scheduled.start + scheduled.num_tokens < len(scheduled.tokens)
+        if not self.script.poison or is_part:
             return None
         num_prompt_tokens = len(scheduled.tokens) - scheduled.num_output_tokens
         for token_id in scheduled.tokens[:num_prompt_tokens]:

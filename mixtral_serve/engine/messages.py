@@ -29,6 +29,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", kw_only=True):
     arrival_s: float
     kind: RequestKind = RequestKind.GENERATE
     max_tokens: int = 0
+    """Of GENERATE; with 0 the prompt is computed for the prefix cache alone."""
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     """Besides end-of-sequence, which the engine adds unless ``ignore_eos``."""
@@ -98,7 +99,9 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_output_tokens: int = 0
     """Given with the last delta, as are the next two."""
     num_cached_tokens: int = 0
+    """Given with progress, too."""
     embedding: tuple[float, ...] | None = None
+    """The mean of the prompt's last hidden states, not normalised and never zero."""
 
 
 class EngineMemory(msgspec.Struct, frozen=True):

@@ -36,10 +36,14 @@ class RequestOutput:
         "_include_stop",
         "_is_cut",
         "_matcher",
+        "_num_found",
+        "_num_told",
+        "_reports_progress",
         "_stop",
         "error",
         "finished",
         "logprobs",
+        "num_prompt_tokens_done",
         "prompt_logprobs",
         "text",
         "token_ids",
@@ -55,6 +59,10 @@ class RequestOutput:
         self._include_stop = submit.include_stop
         self._stop = stop
         self._is_cut = False
+        self._reports_progress = submit.report_progress
+        self._num_told = 0
+        self._num_found = 0
+        self.num_prompt_tokens_done = 0
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -68,6 +76,16 @@ class RequestOutput:
         if counts and token_id in self._stop.stop_token_ids and not self._include_stop:
             return False  # it ends the request, silently
         return self._say(self._detokenizer.push(token_id), counts=counts)
+
+    def advance(self, num_prompt_tokens_done: int, start: int) -> bool:
+        """So much of the prompt is computed, from ``start`` on in this step. Returns whether that is news to somebody
+        who wants to hear it."""
+        if not self._reports_progress or num_prompt_tokens_done <= self._num_told:
+            return False
+        if self._num_told == 0:
+            self._num_found = start  # where the first step begins, the prefix cache ended
+        self.num_prompt_tokens_done = self._num_told = num_prompt_tokens_done
+        return True
 
     def close(self) -> None:
         """Nothing follows: let go of the text that was held back."""
@@ -86,17 +104,26 @@ class RequestOutput:
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
-            finish_reason=None if finished is None else _reason(finished, self.error),
+            finish_reason=None if finished is None else self._reason(finished).value,
             error=self.error,
+            num_prompt_tokens_done=self.num_prompt_tokens_done,
             num_output_tokens=0 if finished is None else finished.num_output_tokens,
-            num_cached_tokens=0 if finished is None else finished.num_cached_tokens,
+            num_cached_tokens=self._num_found if finished is None else finished.num_cached_tokens,
             embedding=None if finished is None else _embedding(finished),
         )
         self.text = ""
+        self.num_prompt_tokens_done = 0
         self.token_ids.clear()
         self.logprobs.clear()
         self.prompt_logprobs.clear()
         return delta
+
+    def _reason(self, finished: Finished) -> FinishReason:
+        if self.error is not None:
+            return FinishReason.ERROR
+        # What was left of a character at the limit can complete a stop string, after the scheduler's last word.
+        cut_by_the_rest = self._is_cut and finished.reason is FinishReason.LENGTH
+        return FinishReason.STOP if cut_by_the_rest else finished.reason
 
     def _say(self, text: str, *, counts: bool) -> bool:
         if self._matcher is None or not counts:
@@ -108,10 +135,6 @@ class RequestOutput:
         self.text += outcome.text
         self._is_cut = outcome.matched is not None
         return self._is_cut
-
-
-def _reason(finished: Finished, error: str | None) -> str:
-    return (FinishReason.ERROR if error is not None else finished.reason).value
 
 
 def _embedding(finished: Finished) -> tuple[float, ...] | None:
@@ -186,6 +209,20 @@ class Outputs:
                 self._finish(event)
             elif isinstance(event, PromptScored):
                 self._touch(event.request_id).prompt_logprobs.extend(event.logprobs)
+
+    def note_progress(self, plan: StepPlan) -> None:
+        """``plan`` was committed: tell those who want to know how far their prompts have come.
+
+        The last part of a prompt is told by what comes of it; a prompt that is computed again after a preemption is no
+        news.
+        """
+        for scheduled in plan.slices:
+            done = scheduled.start + scheduled.num_tokens
+            if scheduled.samples or scheduled.num_output_tokens or done == len(scheduled.tokens):
+                continue
+            output = self._live.get(scheduled.request_id)
+            if output is not None and output.advance(done, scheduled.start):
+                self._touched[scheduled.request_id] = output
 
     def take(self) -> tuple[Delta, ...]:
         """The deltas of this tick, at most one per request."""

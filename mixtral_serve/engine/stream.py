@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from mixtral_serve.engine.errors import EngineError
+from mixtral_serve.engine.errors import EngineError, RequestCancelled
 from mixtral_serve.engine.messages import Delta
 from scheduler.lifecycle import FinishReason
 
@@ -29,7 +29,7 @@ class TokenStream:
     As a context manager it cancels the request on the way out, unless it has ended.
     """
 
-    __slots__ = ("_deltas", "_ended", "_on_cancel", "_to_error", "_waiter", "request_id")
+    __slots__ = ("_deltas", "_ended", "_is_open", "_is_revoked", "_on_cancel", "_to_error", "_waiter", "request_id")
 
     def __init__(
         self, request_id: str, on_cancel: Callable[[str], None], to_error: Callable[[Delta], EngineError]
@@ -40,6 +40,8 @@ class TokenStream:
         self._to_error = to_error
         self._deltas: deque[Delta] = deque()
         self._ended = False
+        self._is_open = True
+        self._is_revoked = False
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -47,11 +49,17 @@ class TokenStream:
         """Deltas that the consumer has not taken yet."""
         return len(self._deltas)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine has yet to say the last of the request."""
+        return self._is_open
+
     def push(self, delta: Delta) -> None:
         """Hand in the next delta. For the client only."""
         self._deltas.append(delta)
         if delta.finish_reason is not None:
             self._on_cancel = None
+            self._is_open = False
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -65,6 +73,12 @@ class TokenStream:
         if on_cancel is not None:
             on_cancel(self.request_id)
 
+    def revoke(self) -> bool:
+        """``cancel`` by somebody else than the consumer, who is told. False when the request has ended already."""
+        self._is_revoked = self._is_open
+        self.cancel()
+        return self._is_revoked
+
     def __aiter__(self) -> Self:
         return self
 
@@ -73,6 +87,7 @@ class TokenStream:
 
         Raises:
             QueueFull, RequestRefused: the engine refused the request after all.
+            RequestCancelled: it was revoked.
             RequestFailed: it ended by an error, or the engine died under it.
         """
         while not self._deltas:
@@ -89,6 +104,8 @@ class TokenStream:
             self._ended = True
             if delta.finish_reason == FinishReason.ERROR.value:
                 raise self._to_error(delta)
+            if self._is_revoked and delta.finish_reason == FinishReason.CANCELLED.value:
+                raise RequestCancelled
         return delta
 
     async def __aenter__(self) -> Self:

@@ -30,9 +30,10 @@ from mixtral_serve.model.loader import load_model
 from mixtral_serve.model.logit_processors import SampleRow
 from mixtral_serve.model.logprobs import token_logprobs
 from mixtral_serve.model.pooling import pool
-from mixtral_serve.model.sampler import NON_FINITE, Sampled, finite_rows, sample
+from mixtral_serve.model.sampler import NON_FINITE, Sampled, sample
 from mixtral_serve.model.shape import KVDtype, ModelShape, Weights, kv_dtype_for
 from mixtral_serve.model.threads import apply_threads, plan_threads
+from mixtral_serve.model.wide_rows import finite_rows
 from scheduler.events import TokenLogprob
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import ScheduledSlice, SliceResult, StepResult

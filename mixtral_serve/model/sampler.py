@@ -25,12 +25,13 @@ from hashlib import blake2b
 from typing import Final
 
 import torch
-from torch.nn import functional
 
 from mixtral_serve.contract import SamplingParams
-from mixtral_serve.model.likeliest import largest, top
+from mixtral_serve.model.likeliest import chunked, largest, top
 from mixtral_serve.model.logit_processors import SampleRow, adjust, wishes
 from mixtral_serve.model.logprobs import token_logprobs
+from mixtral_serve.model.token_masks import apply_masks
+from mixtral_serve.model.wide_rows import chunk_maxima, chunk_shares, finite_rows
 from scheduler.events import TokenLogprob
 
 NON_FINITE: Final = "the model produced logits that are not finite"
@@ -57,13 +58,6 @@ def uniform(seed: int, choice: int, position: int) -> float:
     """The random number in [0, 1) of one token: 53 bits of a hash of its coordinates."""
     words = b"".join((word & _MASK_64).to_bytes(8, "little") for word in (seed, choice, position))
     return (int.from_bytes(blake2b(words, digest_size=8).digest(), "little") >> 11) * 2.0**-53
-
-
-def finite_rows(logits: torch.Tensor) -> list[bool]:
-    """Which rows of ``logits`` [rows, vocab] hold finite numbers only."""
-    # A sum is finite only if its terms are, and takes a fifth of the time; the rare sum that is not is looked into.
-    finite: list[bool] = torch.isfinite(logits.sum(dim=-1)).tolist()
-    return [ok or bool(torch.isfinite(logits[i]).all()) for i, ok in enumerate(finite)]
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
@@ -104,38 +98,19 @@ def _choose(logits: torch.Tensor, rows: Sequence[SampleRow], chosen: Sequence[in
 
 def _adjusted(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
     """Apply masks and parameters to ``logits``, in place; the error of each row from which nothing can be chosen."""
-    outcomes: list[Sampled | None] = [None] * len(rows)
-    _apply_masks(logits, rows, outcomes)
-    faults = [None if fault is None else Sampled(error=fault) for fault in adjust(logits, rows)]
-    return [outcome or fault for outcome, fault in zip(outcomes, faults, strict=True)]
+    masked = apply_masks(logits, [row.mask for row in rows])
+    faults = [first or second for first, second in zip(masked, adjust(logits, rows), strict=True)]
+    return [None if fault is None else Sampled(error=fault) for fault in faults]
 
 
 def _take(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """The named rows, without a copy where they are all."""
+    """The named rows (ascending), without a copy where they are all."""
     return logits if len(rows) == logits.shape[0] else logits[list(rows)]
-
-
-def _apply_masks(logits: torch.Tensor, rows: Sequence[SampleRow], results: list[Sampled | None]) -> None:
-    """Minus infinity, in place, where a mask forbids a token; a mask that fails ends its own row only."""
-    for i, row in enumerate(rows):
-        if row.mask is None or results[i] is not None:
-            continue
-        try:
-            ids = torch.tensor(list(row.mask.allowed_token_ids()), dtype=torch.int64)
-            allowed = logits[i, ids]
-        except Exception as error:  # noqa: BLE001 - whatever a grammar raises must not reach its batch-mates
-            results[i] = Sampled(error=f"the token mask failed: {type(error).__name__}")
-            continue
-        if ids.numel() == 0:
-            results[i] = Sampled(error="the token mask allows no token")
-            continue
-        logits[i] = float("-inf")
-        logits[i, ids] = allowed
 
 
 def _logprobs(logits: torch.Tensor, rows: Sequence[SampleRow], tokens: dict[int, int]) -> dict[int, TokenLogprob]:
     """Row -> log-probability of its token, for rows that asked."""
-    wanted = {i: k for i in tokens if (k := rows[i].params.logprobs) is not None}
+    wanted = {i: k for i in sorted(tokens) if (k := rows[i].params.logprobs) is not None}
     if not wanted:
         return {}
     entries = token_logprobs(_take(logits, list(wanted)), [tokens[i] for i in wanted], list(wanted.values()))
@@ -170,21 +145,19 @@ def _weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Te
 
 
 def _draw_plain(logits: torch.Tensor, params: Sequence[SamplingParams], draws: torch.Tensor) -> torch.Tensor:
-    """[rows]: tokens drawn from the whole vocabulary: first a chunk of it by its share, then a token of the chunk.
-
-    The shares come from ``softmax``, the one exponential of PyTorch that treats a row alike wherever it stands.
-    """
-    temperatures = torch.tensor([max(p.temperature, _LEAST_TEMPERATURE) for p in params]).unsqueeze(1)
-    below_peak = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures)
-    shares = functional.pad(below_peak.softmax(dim=-1), (0, -logits.shape[1] % _DRAW_CHUNK))
-    chunks = shares.view(len(params), -1, _DRAW_CHUNK)
-    sums = chunks.sum(dim=-1).double()
-    chunk = _invert(sums, draws)
+    """[rows]: tokens drawn from the whole vocabulary: first a chunk of it by its share, then a token of the chunk."""
+    padded = chunked(logits, _DRAW_CHUNK)
+    peaks = chunk_maxima(padded, _DRAW_CHUNK).amax(dim=-1)
+    scales = torch.tensor([1 / max(p.temperature, _LEAST_TEMPERATURE) for p in params])
+    shares = chunk_shares(padded, peaks, scales, _DRAW_CHUNK).double()
+    chunk = _invert(shares, draws)
     rows = torch.arange(len(params))
-    reached = sums.cumsum(dim=-1)
-    inside = draws.squeeze(1) * reached[:, -1] - (reached[rows, chunk] - sums[rows, chunk])
-    weights = chunks[rows, chunk].double()
-    share = (inside / weights.sum(dim=-1)).clamp_(0, 1).unsqueeze(1)
+    reached = shares.cumsum(dim=-1)
+    inside = draws.squeeze(1) * reached[:, -1] - (reached[rows, chunk] - shares[rows, chunk])
+    # In units of the chunk's own sum from here on: softmax is PyTorch's one exponential that treats rows alike.
+    within = padded.view(len(params), -1, _DRAW_CHUNK)[rows, chunk]
+    weights = (within - peaks.unsqueeze(1)).mul_(scales.unsqueeze(1)).softmax(dim=-1).double()
+    share = (inside / shares[rows, chunk]).clamp_(0, 1).unsqueeze(1)
     return chunk * _DRAW_CHUNK + _invert(weights, share)
 
 

@@ -151,10 +151,9 @@ def reference_output(model: HonestModel, request: Request) -> ReferenceOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     if request.scores_prompt:
         prompt_logprobs = tuple(model.logprob(tokens[:i], tokens[i]) for i in range(1, len(tokens)))
-    if request.kind is not RequestKind.GENERATE:
+    if request.kind is RequestKind.EMBED:
         pooled = sum(model.digest(tokens[: i + 1]) for i in range(len(tokens)))
-        embedding = pooled if request.kind is RequestKind.EMBED else None
-        return ReferenceOutput((), FinishReason.STOP, (), prompt_logprobs, embedding)
+        return ReferenceOutput((), FinishReason.STOP, (), prompt_logprobs, pooled)
     output: list[int] = []
     logprobs: list[TokenLogprob] = []
     reason = FinishReason.LENGTH

@@ -14,6 +14,7 @@ from typing import Final
 from scheduler.events import Admitted, BlockEvicted, Event, Finished, Preempted, PrefixHit, Resumed
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import StepPlan
+from scheduler.request import Request, RequestKind
 from scheduler.scheduler import Scheduler
 
 BEHAVIOURS: Final = (
@@ -38,6 +39,7 @@ BEHAVIOURS: Final = (
     "overdue while preempted",
     "embedding interrupted",
     "prompt scored in several steps",
+    "prompt computed for the cache alone",
     "refused: too large",
     "refused: queue full",
     "refused: memory full",
@@ -79,6 +81,7 @@ class Reach:
             state = scheduler._running[planned.request_id]
             self._saw("chunked prompt", planned.start + planned.num_tokens < state.num_prompt_tokens)
             self._saw("prompt scored in several steps", state.request.scores_prompt and planned.start > 0)
+            self._saw("prompt computed for the cache alone", _only_warms(state.request))
         held = Counter(block_id for state in running for block_id in state.block_table)
         self._shared = {block_id for block_id, holders in held.items() if holders > 1}
         self._saw("shared block", bool(self._shared))
@@ -116,3 +119,7 @@ class Reach:
         assert behaviour in BEHAVIOURS, behaviour
         if times:
             self.counts[behaviour] += int(times)
+
+
+def _only_warms(request: Request) -> bool:
+    return request.kind is RequestKind.GENERATE and request.stop.max_tokens == 0 and not request.prompt_logprobs

@@ -8,6 +8,7 @@ same storm. It takes some thousand steps per second; ``World.reach`` tells what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from scheduler.config import SchedulerConfig
@@ -81,7 +82,7 @@ def stormy_request(random: Random, request_id: str, now: float, limit: int) -> R
     num_own_tokens = random.randint(0, min(2, num_prompt_tokens))
     stem = random.choice(STEMS) * (1 + num_prompt_tokens // len(STEMS[0]))
     own = [random.randint(1, 2) for _ in range(num_own_tokens)]
-    return Request(
+    request = Request(
         id=RequestId(request_id),
         prompt=compact([*stem[: num_prompt_tokens - num_own_tokens], *own]),
         stop=StopRule(
@@ -97,6 +98,9 @@ def stormy_request(random: Random, request_id: str, now: float, limit: int) -> R
         deadline_s=now + random.choice([0.5, 1.0]) if random.random() < 0.3 else None,
         prompt_logprobs=random.random() < 0.15,
     )
+    # Drawn last, so that the others are who they were before such requests were legal.
+    warms = kind is RequestKind.GENERATE and random.random() < 0.05
+    return replace(request, stop=StopRule(0)) if warms else request
 
 
 def _add_some(world: World, random: Random, number: int) -> int:

@@ -77,7 +77,8 @@ def requests(draw: st.DrawFn, request_id: str, now: float, limit: int) -> Reques
             min_tokens=min(max_tokens, draw(st.sampled_from([0, 0, 3]))),
         ),
         arrival_s=now,
-        kind=kind if generates else draw(st.sampled_from([RequestKind.SCORE, RequestKind.EMBED])),
+        # Who generates although it may not have a token warms the prefix cache.
+        kind=kind if generates else draw(st.sampled_from([RequestKind.SCORE, RequestKind.EMBED, RequestKind.GENERATE])),
         priority=draw(st.integers(-2, 2)),
         tenant=draw(st.sampled_from(TENANTS)),
         cache_salt=draw(st.sampled_from(["", "", "", "x"])),

@@ -18,14 +18,18 @@ from mixtral_serve.api.app import create_app
 from mixtral_serve.api.connection import guarded_protocol
 from mixtral_serve.api.deps import ApiSettings, Dependencies
 from mixtral_serve.contract import ModelInfo
-from mixtral_serve.engine.admission import check_submits
+from mixtral_serve.engine.admission import check_submits, decode_prompt
 from mixtral_serve.engine.errors import EngineError, RequestFailed
+from mixtral_serve.engine.inspection import RequestTable
 from mixtral_serve.engine.listener import EngineState
 from mixtral_serve.engine.messages import Delta, Submit
 from mixtral_serve.engine.stream import TokenStream
 from mixtral_serve.text.chat_template import load_chat_template
 from mixtral_serve.text.fakes import write_tiny_tokenizer
 from mixtral_serve.text.tokenizer import Tokenizer, load_tokenizer
+from scheduler.census import Census
+from scheduler.events import TokenLogprob
+from scheduler.request import RequestKind
 
 MODEL = "tiny"
 
@@ -40,7 +44,12 @@ class ScriptedEngine:
     info: ModelInfo | None = None
     answer: str | None = "hello world"
     """What every request says at once, one delta per character; None leaves the streams to the test."""
+    scores_itself: bool = True
+    """Whether scored prompts get made-up log-probabilities at once."""
     refusal: EngineError | None = None
+    embedding: tuple[float, ...] | None = (3.0, 4.0, 0.0, 12.0)
+    """What every text is embedded as; None leaves the streams to the test."""
+    table: RequestTable | None = None
     submits: list[Submit] = field(default_factory=list)
     streams: dict[str, TokenStream] = field(default_factory=dict)
     cancelled: list[str] = field(default_factory=list)
@@ -58,6 +67,7 @@ class ScriptedEngine:
             block_size=16,
             weights_bytes=0,
             kv_cache_bytes=0,
+            hidden_size=4,
         )
 
     def submit(self, requests: Sequence[Submit]) -> tuple[TokenStream, ...]:
@@ -71,16 +81,34 @@ class ScriptedEngine:
             self.submits.append(request)
             self.streams[request.request_id] = stream
             streams.append(stream)
-            if self.answer is not None:
+            if request.sampling.prompt_logprobs is not None and self.scores_itself:
+                self._score(request)
+            if request.kind is RequestKind.EMBED:
+                self._embed(request.request_id)
+            elif request.max_tokens == 0:
+                self.end(request.request_id, "length")
+            elif self.answer is not None:
                 self.say(request.request_id, self.answer)
         self.on_submit.set()
         return tuple(streams)
 
+    def _embed(self, request_id: str) -> None:
+        if self.embedding is not None:
+            delta = Delta(request_id=request_id, finish_reason="stop", embedding=self.embedding)
+            self.streams[request_id].push(delta)
+
+    async def inspect(self, tenant: str) -> RequestTable:
+        if self.refusal is not None:
+            raise self.refusal
+        return self.table or RequestTable(Census(tenant, (), 0, 0, 0), ())
+
     def say(self, request_id: str, text: str, *, reason: str | None = "stop") -> None:
         """One delta per character, and the end."""
         stream = self.streams[request_id]
+        num_top = next(submit for submit in self.submits if submit.request_id == request_id).sampling.logprobs
+        logprobs = () if num_top is None else (_logprob(300, num_top),)
         for character in text:
-            stream.push(Delta(request_id=request_id, text=character, token_ids=(300,)))
+            stream.push(Delta(request_id=request_id, text=character, token_ids=(300,), logprobs=logprobs))
         if reason is not None:
             self.end(request_id, reason, num_output_tokens=len(text) + 1)
 
@@ -98,6 +126,12 @@ class ScriptedEngine:
     def last(self) -> Submit:
         return self.submits[-1]
 
+    def _score(self, request: Submit) -> None:
+        """One delta with the log-probabilities of all prompt tokens but the first."""
+        ids = decode_prompt(request.prompt)[1:]
+        scores = tuple(_logprob(token_id, request.sampling.prompt_logprobs or 0) for token_id in ids)
+        self.streams[request.request_id].push(Delta(request_id=request.request_id, prompt_logprobs=scores))
+
     def _cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
         self.on_cancel.set()
@@ -105,6 +139,11 @@ class ScriptedEngine:
     @staticmethod
     def _to_error(delta: Delta) -> EngineError:
         return RequestFailed("it failed", detail=delta.error or "")
+
+
+def _logprob(token_id: int, num_top: int) -> TokenLogprob:
+    """Made up: the token itself is the likeliest, the next ids follow."""
+    return TokenLogprob(token_id, -0.25, tuple((token_id + i, -0.25 * (i + 1)) for i in range(num_top)))
 
 
 @dataclass
@@ -231,7 +270,10 @@ class Api:
         assert len(self.engine.submits) == before + 1
 
     def with_settings(self, **changes: Any) -> Api:
-        deps = replace(self.deps, settings=ApiSettings(**changes))
+        return self.with_deps(settings=ApiSettings(**changes))
+
+    def with_deps(self, **changes: Any) -> Api:
+        deps = replace(self.deps, **changes)
         return Api(create_app(deps), self.engine, deps)
 
 

@@ -26,11 +26,11 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "invalid_value"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "unsupported_parameter"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
     (
         {"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-        "messages[1].tool_calls",
-        "unsupported_parameter",
+        "messages[1].tool_calls[0].id",
+        "missing_required_parameter",
     ),
     ({"messages": [USER | {"name": "bob"}]}, "messages[0].name", "unsupported_parameter"),
     (
@@ -61,7 +61,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "integer_above_max_value"),
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ({"logprobs": 1}, "logprobs", "invalid_type"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens", "integer_below_min_value"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens", "integer_below_min_value"),
 ]
 BAD_COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": None}, "prompt", "missing_required_parameter"),
@@ -84,7 +84,7 @@ BAD_COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": 21}, "logprobs", "integer_above_max_value"),
     ({"logprobs": -1}, "logprobs", "integer_below_min_value"),
     ({"logprobs": True}, "logprobs", "invalid_type"),
-    ({"echo": True}, "echo", "unsupported_parameter"),
+    ({"echo": 1}, "echo", "invalid_type"),
     ({"suffix": "x"}, "suffix", "unsupported_parameter"),
     ({"min_tokens": 17}, "min_tokens", "integer_above_max_value"),
 ]
@@ -107,7 +107,7 @@ BAD_SHARED: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": 2**63}, "seed", "integer_above_max_value"),
     ({"seed": 10**400}, "seed", "integer_above_max_value"),
     ({"seed": 1.5}, "seed", "invalid_type"),
-    ({"max_tokens": 0}, "max_tokens", "integer_below_min_value"),
+    ({"max_tokens": -1}, "max_tokens", "integer_below_min_value"),
     ({"max_tokens": 2**31}, "max_tokens", "integer_above_max_value"),
     ({"max_tokens": 5, "min_tokens": 6}, "min_tokens", "integer_above_max_value"),
     ({"min_tokens": -1}, "min_tokens", "integer_below_min_value"),

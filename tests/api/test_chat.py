@@ -198,29 +198,17 @@ def test_the_answer_of_an_official_client_can_be_sent_back(api: Any) -> None:
 
 
 UNSUPPORTED = {
-    "frequency_penalty": 0.5,
-    "presence_penalty": -1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"5": 1},
     "best_of": 2,
     "store": True,
-    "tools": [{"type": "function"}],
-    "tool_choice": "required",
     "functions": [{}],
-    "response_format": {"type": "json_object"},
     "modalities": ["audio"],
     "audio": {},
     "prediction": {},
     "reasoning_effort": "low",
     "web_search_options": {},
-    "structured_outputs": {"json": {}},
-    "allowed_token_ids": [1],
-    "bad_words": ["x"],
     "chat_template": "{{ 1 }}",
     "chat_template_kwargs": {"tokenize": True},
-    "continue_final_message": True,
     "service_tier": "flex",
-    "prompt_logprobs": 1,
 }
 
 
@@ -253,7 +241,8 @@ def test_unknown_fields_are_a_warning_where_the_operator_says_so(api: Any) -> No
     assert "x-mixtral-serve-warning" not in lenient.chat().headers
     assert "temprature" in lenient.chat(temprature=1, stream=True).headers["x-mixtral-serve-warning"]
     assert lenient.chat(temprature=1, temperature=9).error["param"] == "temperature"
-    assert lenient.chat(tools=[{}]).error["param"] == "tools", "what is known but missing is still refused"
+    known = lenient.chat(best_of=3, temprature=1)
+    assert known.headers["x-mixtral-serve-warning"] == "ignored: best_of, temprature", "as is what is known but missing"
 
 
 def test_a_model_without_a_chat_template_says_so(api: Any) -> None:

@@ -18,11 +18,37 @@ from mixtral_serve.engine.errors import EngineUnavailable, RequestRefused
 from mixtral_serve.engine.listener import EngineState
 
 CHAT = "/v1/chat/completions"
-GOOD = {
-    CHAT: {"model": "tiny", "messages": [{"role": "user", "content": "x"}]},
+MESSAGES = [{"role": "user", "content": "x"}]
+GENERATING = {
+    CHAT: {"model": "tiny", "messages": MESSAGES},
     "/v1/completions": {"model": "tiny", "prompt": "x"},
+    "/v1/responses": {"model": "tiny", "input": "x"},
 }
-GET_PATHS = ["/v1/models", "/v1/models/tiny", "/livez", "/readyz", "/health", "/version", "/metrics", "/memory"]
+GOOD: dict[str, dict[str, Any]] = {
+    **GENERATING,
+    "/v1/embeddings": {"model": "tiny", "input": "x"},
+    "/tokenize": {"prompt": "x"},
+    "/v1/tokenize": {"messages": MESSAGES},
+    "/detokenize": {"tokens": [5]},
+    "/v1/detokenize": {"model": "tiny", "tokens": [5]},
+    "/apply-template": {"messages": MESSAGES},
+    "/v1/apply-template": {"messages": MESSAGES},
+}
+CANCEL = "/v1/requests/chatcmpl-1/cancel"
+GET_PATHS = [
+    "/v1/models",
+    "/v1/models/tiny",
+    "/v1/requests",
+    "/tokenizer_info",
+    "/v1/tokenizer_info",
+    "/livez",
+    "/readyz",
+    "/health",
+    "/version",
+    "/metrics",
+    "/memory",
+    "/openapi.json",
+]
 LEAKS = re.compile(rb'0x[0-9a-f]{6,}|File "|/home|/work|Traceback|site-packages')
 
 
@@ -36,14 +62,15 @@ def routes(app: FastAPI) -> set[tuple[str, str]]:
 
 def test_the_routes_are_those_of_this_list(api: Any) -> None:
     expected = {("POST", path) for path in GOOD} | {("GET", path) for path in GET_PATHS if path != "/v1/models/tiny"}
-    assert routes(api.app) == expected | {("GET", "/v1/models/{model_id}")}
+    named = {("GET", "/v1/models/{model_id}"), ("POST", "/v1/requests/{request_id}/cancel")}
+    assert routes(api.app) == expected | named
     assert all(isinstance(route, APIRoute) for route in api.app.routes if hasattr(route, "endpoint"))
 
 
-@pytest.mark.parametrize("path", [*GOOD, *GET_PATHS])
+@pytest.mark.parametrize("path", [*GOOD, CANCEL, *GET_PATHS])
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"])
 def test_wrong_methods_are_405_with_the_right_one_named(api: Any, path: str, method: str) -> None:
-    right = "POST" if path in GOOD else "GET"
+    right = "GET" if path in GET_PATHS else "POST"
     if method == right:
         return
     reply = api.call(method, path, b"{}")
@@ -53,7 +80,7 @@ def test_wrong_methods_are_405_with_the_right_one_named(api: Any, path: str, met
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v1", "/v1/", "/v1/chat", "/v1/chat/completions/", "/docs", "/openapi.json", "/v1/engines", "/\x00", "x"],
+    ["/", "/v1", "/v1/", "/v1/chat", "/v1/chat/completions/", "/docs", "/redoc", "/v1/engines", "/\x00", "x"],
 )
 def test_unknown_routes_are_404(api: Any, path: str) -> None:
     for method in ("GET", "POST"):
@@ -86,7 +113,7 @@ def test_bad_bodies_on_every_route(
     api.assert_alive()
 
 
-@pytest.mark.parametrize("path", GOOD)
+@pytest.mark.parametrize("path", GENERATING)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("error", "status"),
@@ -119,11 +146,11 @@ def test_row27_an_unforeseen_error_anywhere_is_a_500_in_the_envelope(api: Any, p
         raise RuntimeError("in /home at 0x7f00deadbeef")
 
     class BrokenEngine:
-        state = is_ready = info = property(broken)
+        state = is_ready = info = inspect = property(broken)
 
     deps = replace(api.deps, engine=BrokenEngine(), render_metrics=broken, memory_report=broken)
     reply = type(api)(create_app(deps), api.engine, deps).call("GET", path)
-    if path in ("/livez", "/version"):
+    if path in ("/livez", "/version", "/openapi.json", "/tokenizer_info", "/v1/tokenizer_info"):
         assert reply.status == 200, "they ask nobody"
     else:
         assert (reply.status, reply.error["code"]) == (500, "internal_error")

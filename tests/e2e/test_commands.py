@@ -95,6 +95,12 @@ def test_an_unknown_key_of_the_file_is_named(tmp_path: Path) -> None:
     assert_one_line(finished, "no_such_key", str(file))
 
 
+def test_a_chat_template_that_is_not_there() -> None:
+    finished = run("serve", "--port", "0", "--chat-template", "/nonexistent.jinja")
+    assert finished.returncode == 78
+    assert_one_line(finished, "/nonexistent.jinja")
+
+
 def test_row54_a_model_that_is_not_there() -> None:
     finished = run("serve", "--port", "0", "--model", "/nonexistent")
     assert finished.returncode == 78

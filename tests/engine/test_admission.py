@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral_serve.contract import ModelInfo
+from mixtral_serve.contract import ModelInfo, SamplingParams
 from mixtral_serve.engine.admission import (
     COMPLETION_DEFAULT_MAX_TOKENS,
     FinishRate,
@@ -34,7 +34,7 @@ def test_row41_the_limit_is_the_schedulers_own_formula(num_blocks, block_size, m
     assert limit_for(parts.runner.info) == parts.scheduler.config.max_tokens_per_request
 
 
-@given(num_prompt_tokens=st.integers(1, 20), max_tokens=st.integers(1, 20))
+@given(num_prompt_tokens=st.integers(1, 20), max_tokens=st.integers(0, 20))
 def test_row41_admission_and_engine_agree_on_every_size(submit_of, new_driver, num_prompt_tokens, max_tokens):
     request = submit_of("a", [3] * num_prompt_tokens, max_tokens=max_tokens)
     driver = new_driver(FakeScript(num_blocks=5, block_size=4, max_model_len=64, never_ends=True))
@@ -47,7 +47,7 @@ def test_row41_admission_and_engine_agree_on_every_size(submit_of, new_driver, n
     with pytest.raises(PromptTooLong) as caught:
         check_submits([request], INFO)
     assert caught.value.limit == 16
-    assert caught.value.max_tokens == (None if num_prompt_tokens >= 16 else max_tokens)
+    assert caught.value.max_tokens == (None if num_prompt_tokens + min(max_tokens, 1) > 16 else max_tokens)
     assert driver.last("a").refusal == "RequestTooLargeError"
 
 
@@ -56,6 +56,9 @@ def test_max_tokens_is_kept_or_refused_when_given_and_fitted_when_not():
     assert resolve_max_tokens(INFO, 4, None, default=COMPLETION_DEFAULT_MAX_TOKENS) == 12
     assert resolve_max_tokens(INFO, 4, None, default=5) == 5
     assert resolve_max_tokens(INFO, 4, 12, default=None) == 12
+    assert resolve_max_tokens(INFO, 16, 0, default=None) == 0
+    with pytest.raises(PromptTooLong, match="17 tokens in the prompt\\."):
+        resolve_max_tokens(INFO, 17, 0, default=None)
     with pytest.raises(PromptTooLong, match=r"limit|maximum context length is 16 tokens.*4 tokens.*13 in the"):
         resolve_max_tokens(INFO, 4, 13, default=None)
     with pytest.raises(PromptTooLong, match="16 tokens in the prompt\\."):
@@ -76,6 +79,14 @@ def test_row17_ids_outside_the_vocabulary_are_refused_by_name(submit_of, token_i
     with pytest.raises(TokenOutOfRange) as caught:
         check_submits([submit_of("a", max_tokens=1, stop_token_ids=(3, token_id))], INFO)
     assert caught.value.param == "stop_token_ids"
+    for field, value in (
+        ("logit_bias", ((3, 0.5), (token_id, 0.5))),
+        ("allowed_token_ids", (3, token_id)),
+        ("bad_words", ((3,), (3, token_id))),
+    ):
+        with pytest.raises(TokenOutOfRange) as caught:
+            check_submits([submit_of("a", max_tokens=1, sampling=SamplingParams(**{field: value}))], INFO)
+        assert caught.value.param == field
 
 
 def test_the_largest_id_is_fine_and_one_bad_choice_refuses_all(submit_of):

@@ -202,12 +202,16 @@ def test_row41_the_largest_request_is_served_and_one_token_more_is_refused(new_d
 @pytest.mark.parametrize(
     ("fields", "refusal"),
     [
-        ({"max_tokens": 0}, "InvalidRequestError"),
+        ({"max_tokens": -1}, "InvalidRequestError"),
         ({"prompt": []}, "InvalidRequestError"),
         ({"min_tokens": 17}, "InvalidRequestError"),
         ({"prompt": [FAKE_VOCAB_SIZE]}, "TokenOutOfRange"),
         ({"prompt": [-1]}, "TokenOutOfRange"),
         ({"stop_token_ids": (FAKE_VOCAB_SIZE,)}, "TokenOutOfRange"),
+        ({"sampling": SamplingParams(logit_bias=((5, 1.0), (-1, 1.0)))}, "TokenOutOfRange"),
+        ({"sampling": SamplingParams(allowed_token_ids=(FAKE_VOCAB_SIZE,))}, "TokenOutOfRange"),
+        ({"sampling": SamplingParams(bad_words=((1, FAKE_VOCAB_SIZE),))}, "TokenOutOfRange"),
+        ({"sampling": SamplingParams(bad_words=((1,), ()))}, "InvalidRequestError"),
         ({"kind": RequestKind.EMBED, "max_tokens": 5}, "InvalidRequestError"),
         ({"stop": ("",)}, None),
     ],
@@ -275,7 +279,7 @@ def test_scores_come_once_per_position_and_count_no_output(new_driver):
     scored = [entry for delta in driver.deltas["s"] for entry in delta.prompt_logprobs]
     assert [entry.token_id for entry in scored] == list(byte_ids("x" * 30))
     assert all(len(entry.top) == 2 for entry in scored)
-    assert (driver.end("s"), driver.last("s").num_output_tokens) == ("stop", 0)
+    assert (driver.end("s"), driver.last("s").num_output_tokens) == ("length", 0)
 
 
 def test_an_embedding_comes_with_the_last_delta(new_driver):

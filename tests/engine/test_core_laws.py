@@ -37,7 +37,7 @@ class Steps(msgspec.Struct, frozen=True):
 asks = st.builds(
     Ask,
     prompt=st.lists(st.integers(3, 5), min_size=1, max_size=14).map(tuple),
-    max_tokens=st.integers(1, 10),
+    max_tokens=st.integers(0, 10),
     min_tokens=st.integers(0, 2),
     seed=st.none() | st.integers(0, 2),
     stop=st.lists(st.text("\x00\x01\x02", min_size=1, max_size=3), max_size=2).map(tuple),
@@ -112,6 +112,7 @@ def test_i24_i25_i26_i27_i28_i29_every_request_ends_once_with_the_output_it_woul
                 sampling=sampling_of(act),
                 stop=act.stop,
                 priority=len(act.prompt) % 3,
+                report_progress=len(act.prompt) % 2 == 0,
                 deadline_s=None if act.lives_s is None else driver.now + act.lives_s,
             )
         elif isinstance(act, Leave):

@@ -12,7 +12,7 @@ from mixtral_serve.text.detokenizer import TokenBytes
 
 # Few characters, one to four bytes long, so that stop strings overlap with each other and with themselves.
 texts = st.text(alphabet="ab é世🙂", max_size=40)
-stop_strings = st.lists(st.text(alphabet="ab é世🙂", min_size=1, max_size=5), max_size=4).map(tuple)
+stop_strings = st.lists(st.text(alphabet="ab é世🙂\ufffd", min_size=1, max_size=5), max_size=4).map(tuple)
 
 
 def cut_at_first_stop(text: str, stops: tuple[str, ...], *, include: bool) -> tuple[str, bool]:
@@ -42,6 +42,7 @@ def vocabulary_of(data: bytes, cuts: list[int]) -> tuple[TokenBytes, list[int]]:
 )
 @example(text="🙂", cuts=[1, 2, 3], stops=(), include=False, max_tokens=50)
 @example(text="aab", cuts=[1, 2], stops=("ab",), include=False, max_tokens=50)
+@example(text="aé", cuts=[1, 2], stops=("a\ufffd",), include=False, max_tokens=2)
 def test_row69_i28_text_is_all_tokens_decoded_minus_stop_and_never_part_of_either(
     new_driver, text, cuts, stops, include, max_tokens
 ):

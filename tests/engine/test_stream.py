@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from mixtral_serve.engine.errors import RequestFailed
+from mixtral_serve.engine.errors import RequestCancelled, RequestFailed
 from mixtral_serve.engine.messages import Delta
 from mixtral_serve.engine.stream import TokenStream
 
@@ -96,5 +96,27 @@ def test_row35_a_stalled_reader_blocks_nobody_and_loses_nothing(run):
         owner.say("", "length")
         assert owner.stream.num_queued == 10_001
         assert "".join([delta.text async for delta in owner.stream]) == "x" * 10_000
+
+    run(story())
+
+
+def test_who_reads_a_revoked_stream_is_told_so_and_revoking_an_ended_one_does_nothing(run):
+    async def story() -> None:
+        owner = Owner()
+        owner.say("a")
+        assert owner.stream.is_open
+        assert owner.stream.revoke()
+        assert owner.cancelled == ["a"]
+        assert (await anext(owner.stream)).text == "a"
+        owner.say("", "cancelled")
+        assert not owner.stream.is_open
+        with pytest.raises(RequestCancelled):
+            await anext(owner.stream)
+        assert not owner.stream.revoke()
+
+        too_late = Owner()
+        too_late.stream.revoke()
+        too_late.say("b", "stop")
+        assert [delta.text async for delta in too_late.stream] == ["b"], "it had ended by itself"
 
     run(story())

@@ -14,8 +14,9 @@ import torch
 from transformers import MixtralForCausalLM
 
 from mixtral_serve.contract import RunBatch, Runner, SamplingParams
+from mixtral_serve.model.logit_processors import SampleRow
 from mixtral_serve.model.runner import MixtralRunner
-from mixtral_serve.model.sampler import NON_FINITE, SampleRow, sample
+from mixtral_serve.model.sampler import NON_FINITE, sample
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import ScheduledSlice, SliceResult, StepPlan, StepResult
@@ -202,7 +203,7 @@ def test_prompt_scores_equal_transformers_under_any_chunking(
             assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=1e-4)
             assert sampled.token_id == int(row.argmax())
             assert len(sampled.top) == 2
-    assert driven.finished["score"].reason is FinishReason.STOP
+    assert driven.finished["score"].reason is FinishReason.LENGTH
 
 
 def test_output_tokens_that_are_computed_again_are_not_scored(make_runner) -> None:
@@ -244,11 +245,9 @@ def test_embeddings_equal_transformers_under_chunking_and_preemption(
     for name, prompt in prompts.items():
         with torch.inference_mode():
             states = transformers_model.model(torch.tensor([prompt])).last_hidden_state[0]
-        expected = torch.nn.functional.normalize(states.mean(dim=0), dim=0)
         embedding = driven.finished[name].embedding
         assert isinstance(embedding, tuple)
-        assert torch.allclose(torch.tensor(embedding), expected, atol=1e-5)
-        assert math.fsum(x * x for x in embedding) == pytest.approx(1)
+        assert torch.allclose(torch.tensor(embedding), states.mean(dim=0), atol=1e-5)
 
 
 def test_sampled_output_does_not_depend_on_chunks_batch_mates_or_preemption(make_runner, make_request, drive) -> None:
@@ -282,8 +281,8 @@ def test_each_output_position_has_a_random_number_of_its_own(make_runner) -> Non
 
 
 class OnlyEven:
-    def allowed_token_ids(self) -> Sequence[int]:
-        return range(0, 97, 2)
+    def bits(self) -> memoryview:
+        return memoryview(b"\x55" * 16)
 
 
 def test_masks_reach_the_slices_they_belong_to(make_runner) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtral_serve.contract import SamplingParams
-from mixtral_serve.model.sampler import NON_FINITE, SampleRow, sample, uniform
+from mixtral_serve.model.logit_processors import SampleRow
+from mixtral_serve.model.sampler import NON_FINITE, sample, uniform
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -215,13 +216,14 @@ def test_filters_among_equals_keep_the_lowest_ids_and_no_more_than_needed(params
 @dataclass
 class Allow:
     ids: Sequence[int]
+    num_bytes: int = 4
 
-    def allowed_token_ids(self) -> Sequence[int]:
-        return self.ids
+    def bits(self) -> memoryview:
+        return memoryview(sum(1 << i for i in self.ids).to_bytes(self.num_bytes, "little"))
 
 
 class Broken:
-    def allowed_token_ids(self) -> Sequence[int]:
+    def bits(self) -> memoryview:
         raise ValueError("a grammar lost its way")
 
 
@@ -250,13 +252,29 @@ def test_masks_do_not_change_log_probabilities_or_the_logits() -> None:
 
 @pytest.mark.parametrize(
     ("mask", "error"),
-    [(Broken(), "ValueError"), (Allow([]), "allows no token"), (Allow([99]), "IndexError")],
+    [
+        (Broken(), "a grammar lost its way"),
+        (Allow([]), "allows no token"),
+        (Allow([25]), "every token"),  # beyond the vocabulary, in the last word's padding
+        (Allow([1], num_bytes=8), "8 bytes in place of 4"),
+    ],
 )
 def test_a_mask_that_fails_ends_its_own_row_only(mask, error) -> None:
     logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))
     failed, healthy = sample(logits, [SampleRow(GREEDY, 0, mask), SampleRow(GREEDY, 0)])
     assert error in failed.error
     assert healthy.token_id == int(logits[1].argmax())
+
+
+def test_masks_over_many_rows_and_words_keep_exactly_what_they_allow() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(40, 1000, generator=generator)
+    allowed = [sorted({int(i) for i in torch.randint(1000, (7,), generator=generator)}) for _ in range(40)]
+    masks = [Allow(ids, num_bytes=128) if row % 3 else None for row, ids in enumerate(allowed)]
+    results = sample(logits, [SampleRow(GREEDY, 0, mask) for mask in masks])
+    for row, (result, mask) in enumerate(zip(results, masks, strict=True)):
+        among = range(1000) if mask is None else mask.ids
+        assert result.token_id == max(among, key=lambda i: float(logits[row, i]))
 
 
 @given(logits_rows, st.integers(0, 5), sampling_params)

@@ -524,8 +524,20 @@ LIFE = [
     Mutation(
         "a prompt's chunk samples a token",
         "draft.py",
-        "samples = kind is RequestKind.GENERATE and start + num_tokens == num_known",
-        "samples = kind is RequestKind.GENERATE",
+        "samples = request.stop.max_tokens > 0 and start + num_tokens == num_known",
+        "samples = request.stop.max_tokens > 0",
+    ),
+    Mutation(
+        "a warm-up samples a token",
+        "draft.py",
+        "samples = request.stop.max_tokens > 0 and",
+        "samples = request.kind is RequestKind.GENERATE and",
+    ),
+    Mutation(
+        "an embedding ends as if it had come to a limit",
+        "outcome.py",
+        "return FinishReason.STOP if state.kind is RequestKind.EMBED else FinishReason.LENGTH",
+        "return FinishReason.LENGTH",
     ),
     Mutation(
         "a resume overwrites the first hit",

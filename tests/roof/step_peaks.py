@@ -29,7 +29,15 @@ NUM_BLOCKS = 800
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
 GREEDY = SamplingParams(temperature=0.0)
-HOT = SamplingParams(temperature=50.0, top_p=0.99, min_p=1e-12, logprobs=20)
+HOT = SamplingParams(
+    temperature=50.0,
+    top_p=0.99,
+    min_p=1e-12,
+    logprobs=20,
+    repetition_penalty=1.1,
+    frequency_penalty=0.1,
+    presence_penalty=0.1,
+)
 SCORED = SamplingParams(temperature=0.0, prompt_logprobs=20)
 
 

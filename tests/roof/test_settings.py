@@ -83,6 +83,7 @@ def test_an_unknown_variable_is_an_error_that_names_it() -> None:
         ("shutdown_timeout_s", "nan"),
         ("memory_cap_bytes", "0"),
         ("model", ""),
+        ("chat_template", ""),
     ],
 )
 def test_a_value_out_of_bounds_is_an_error_that_names_setting_value_and_source(name: str, value: str) -> None:

@@ -70,6 +70,15 @@ def test_score_and_embed_requests_never_sample() -> None:
     assert (pooled.num_logits, pooled.samples, pooled.pools, pooled.embedding) == (0, False, True, "partial")
 
 
+def test_a_request_that_may_generate_nothing_computes_its_prompt_and_needs_no_logits() -> None:
+    draft = StepDraft(10)
+    draft.schedule(a_state("warm", max_tokens=0), 4)
+    draft.schedule(a_state("scored", max_tokens=0, prompt_logprobs=True), 4)
+    warm, scored = draft.plan(0).slices
+    assert (warm.num_tokens, warm.num_logits, warm.samples, warm.pools) == (4, 0, False, False)
+    assert (scored.num_logits, scored.samples) == (4, False)
+
+
 def test_events_of_planning_travel_with_the_plan() -> None:
     draft = StepDraft(1)
     draft.events.append(Resumed(RequestId("r")))

@@ -108,11 +108,18 @@ def test_a_stop_string_found_outside_ends_with_stop() -> None:
     assert outcome_of(a_state(min_tokens=2), SliceResult(R, 7, finish=FinishReason.STOP)) is FinishReason.STOP
 
 
-@pytest.mark.parametrize("kind", [RequestKind.SCORE, RequestKind.EMBED])
-def test_score_and_embed_requests_end_with_the_prompt(kind: RequestKind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (RequestKind.EMBED, FinishReason.STOP),
+        (RequestKind.SCORE, FinishReason.LENGTH),
+        (RequestKind.GENERATE, FinishReason.LENGTH),
+    ],
+)
+def test_who_samples_nothing_ends_with_the_prompt(kind: RequestKind, reason: FinishReason) -> None:
     state = a_state(kind=kind, max_tokens=0)
     assert outcome_of(state, SliceResult(R), 2) is None
-    assert outcome_of(state, SliceResult(R), 1) is FinishReason.STOP
+    assert outcome_of(state, SliceResult(R), 1) is reason
 
 
 def test_the_partial_embedding_is_kept_for_the_next_chunk() -> None:

@@ -10,12 +10,12 @@ import scheduler.policies
 import scheduler.sim
 
 PUBLIC = """
-    POLICIES AccountingError AdmissionError Admitted BlockEvicted BlockId ConfigError DuplicateRequestError Event
-    FCFSPolicy FinishReason Finished IllegalTransitionError InvalidRequestError KVLayout MemoryAccountant
-    MemoryFullError MemoryPlan MemoryStats OrderedPolicy PlanError Policy Preempted PrefixHit PriorityPolicy
-    PromptScored ProtocolError QueueFullError Request RequestId RequestKind RequestStatus RequestTooLargeError
-    RequestView Resumed ScheduledSlice Scheduler SchedulerConfig SchedulerError SchedulerStats SliceResult StepPlan
-    StepResult StopRule TokenLogprob TokensCommitted plan_memory request_bytes
+    POLICIES AccountingError AdmissionError Admitted BlockEvicted BlockId Blocking Census CensusEntry ConfigError
+    DuplicateRequestError Event FCFSPolicy FinishReason Finished IllegalTransitionError InvalidRequestError KVLayout
+    MemoryAccountant MemoryFullError MemoryPlan MemoryStats OrderedPolicy PlanError Policy Preempted PrefixHit
+    PriorityPolicy PromptScored ProtocolError QueueFullError Request RequestId RequestKind RequestStatus
+    RequestTooLargeError RequestView Resumed ScheduledSlice Scheduler SchedulerConfig SchedulerError SchedulerStats
+    SliceResult StepPlan StepResult StopRule TokenLogprob TokensCommitted plan_memory request_bytes
 """.split()  # noqa: SIM905 - a list literal would be fifty lines
 
 KIT = """

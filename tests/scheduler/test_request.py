@@ -16,12 +16,13 @@ from scheduler.testing import compact, make_request
     [
         ("prompt", {"prompt": []}),
         ("prompt", {"prompt": [1, -1]}),
-        ("max_tokens", {"max_tokens": 0}),
+        ("max_tokens", {"max_tokens": -1}),
         ("max_tokens", {"kind": RequestKind.SCORE, "max_tokens": 1}),
         ("max_tokens", {"kind": RequestKind.EMBED, "max_tokens": 1}),
         ("max_tokens", {"kind": RequestKind.EMBED, "max_tokens": -1}),
         ("min_tokens", {"max_tokens": 2, "min_tokens": 3}),
         ("min_tokens", {"min_tokens": -1}),
+        ("min_tokens", {"max_tokens": 0, "min_tokens": 1}),
         ("deadline_s", {"deadline_s": float("nan")}),
         ("arrival_s", {"arrival_s": float("nan")}),
         ("extra_bytes", {"extra_bytes": -1}),
@@ -35,6 +36,7 @@ def test_nonsense_is_refused_by_the_name_of_its_field(field: str, changes: dict[
 
 def test_the_edges_are_accepted() -> None:
     make_request("r", [0], max_tokens=1, min_tokens=1)
+    make_request("r", [1], max_tokens=0)
     make_request("r", [1], max_tokens=0, kind=RequestKind.SCORE)
     make_request("r", [1], max_tokens=0, kind=RequestKind.EMBED)
 

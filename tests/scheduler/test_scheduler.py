@@ -324,6 +324,36 @@ def test_score_and_embed_requests_publish_what_they_computed(new_world: NewWorld
     world.settle()
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_request_that_may_generate_nothing_warms_the_prefix_cache(new_world: NewWorld, chunk: int | None) -> None:
+    world = new_world(max_prefill_chunk=chunk)
+    world.add(make_request("warm", [1] * 9, max_tokens=0))
+    while world.scheduler.has_work:
+        world.step()
+    warm = world.histories[RequestId("warm")].finished
+    assert warm == Finished(RequestId("warm"), FinishReason.LENGTH, 0, 0)
+    world.add(make_request("second", [1] * 9))
+    assert PrefixHit(RequestId("second"), 9, 8, first=True) in world.step()
+    world.settle()
+
+
+def test_a_warm_prompt_is_warmed_again_for_the_price_of_its_last_block(new_world: NewWorld) -> None:
+    world = new_world()
+    for name in ("first", "again"):
+        world.add(make_request(name, [1] * 8, max_tokens=0))
+        while world.scheduler.has_work:
+            world.step()
+    again = world.histories[RequestId("again")].finished
+    assert again == Finished(RequestId("again"), FinishReason.LENGTH, 0, 4)
+
+
+def test_a_prompt_without_output_may_fill_the_whole_limit(new_world: NewWorld) -> None:
+    world = new_world(num_blocks=4, max_num_batched_tokens=16)
+    world.add(make_request("whole", [1] * 12, max_tokens=0))
+    world.settle()
+    assert not world.add(make_request("too large", [1] * 13, max_tokens=0))
+
+
 def test_an_idle_step_is_empty_and_harmless(new_world: NewWorld) -> None:
     world = new_world()
     assert world.step() == ()

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -32,10 +33,17 @@ class SentencePieceModel:
     pieces: tuple[tuple[str, float, bool], ...]
     """(piece, score, whether it is ordinary text)"""
 
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {piece: index for index, (piece, _, _) in enumerate(self.pieces)}
+
+    @cached_property
+    def _scores(self) -> dict[str, float]:
+        return {piece: score for piece, score, is_text in self.pieces if is_text}
+
     def encode(self, text: str) -> list[int]:
         """Merge the best-scored neighbours until none can be merged; spell the rest in bytes."""
-        ids = {piece: index for index, (piece, _, _) in enumerate(self.pieces)}
-        scores = {piece: score for piece, score, is_text in self.pieces if is_text}
+        ids, scores = self._ids, self._scores
         symbols = list("▁" + text.replace(" ", "▁")) if text else []
         while True:
             pairs = [

@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from mixtral_serve.api.schemas.common import MAX_LOGPROBS, UNSUPPORTED, GenerationRequest, refuse_unsupported
+from mixtral_serve.api.schemas.common import MAX_LOGPROBS
+from mixtral_serve.api.schemas.refused import COMPLETION_UNSUPPORTED, Screen
+from mixtral_serve.api.schemas.structured import StructuredRequest
 
 MAX_PROMPTS: Final = 128
-
-COMPLETION_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
-    **UNSUPPORTED,
-    "echo": (False,),
-    "suffix": ("",),
-    "add_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-}
 
 if TYPE_CHECKING:
     Prompt: TypeAlias = str | array[int]
@@ -79,21 +73,33 @@ _PROMPT_SCHEMA: Final = {
 }
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(StructuredRequest):
     """A completion request."""
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    """A string, token ids, or a list of either. A string gets a begin-of-sequence token, ids are taken as they are."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Log-probabilities of the answer's tokens, of the logits as the model gives them, with so many of the likeliest at
+    each position; with ``echo`` of the prompt's too."""
+    echo: bool = False
+    """The text begins with the prompt's."""
+    add_special_tokens: bool = True
+    """Strings get a begin-of-sequence token."""
 
     def num_logprobs(self) -> int | None:
         """See ``GenerationRequest``."""
         return self.logprobs
 
+    def num_scored(self) -> int | None:
+        """See ``GenerationRequest``."""
+        wanted = [asked for asked in (self.prompt_logprobs, self.logprobs if self.echo else None) if asked is not None]
+        return max(wanted, default=None)
 
-def screened_completion(fields: Mapping[str, Any]) -> dict[str, Any]:
+
+def screened_completion(fields: Mapping[str, Any], screen: Screen) -> dict[str, Any]:
     """A completion body without nulls and neutral unsupported fields.
 
     Raises:
         InvalidRequest: an unsupported field.
     """
-    return refuse_unsupported(fields, COMPLETION_UNSUPPORTED)
+    return screen.request(fields, COMPLETION_UNSUPPORTED)

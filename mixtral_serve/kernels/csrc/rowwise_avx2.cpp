@@ -84,11 +84,13 @@ inline float largest_of(Lanes x) {
 
 #include "attention_kernel.h"
 #include "rowwise_kernel.h"
+#include "vocabulary_kernel.h"
 
 namespace mixtral {
 
 const AttentionKernel kAttentionAvx2 = {attend, merge};
 const RowwiseKernel kRowwiseAvx2 = {rms_norm, route};
+const VocabularyKernel kVocabularyAvx2 = {chunk_maxima, chunk_shares, finite_rows};
 
 }  // namespace mixtral
 

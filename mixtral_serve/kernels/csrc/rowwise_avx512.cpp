@@ -76,11 +76,13 @@ inline float largest_of(Lanes x) {
 
 #include "attention_kernel.h"
 #include "rowwise_kernel.h"
+#include "vocabulary_kernel.h"
 
 namespace mixtral {
 
 const AttentionKernel kAttentionAvx512 = {attend, merge};
 const RowwiseKernel kRowwiseAvx512 = {rms_norm, route};
+const VocabularyKernel kVocabularyAvx512 = {chunk_maxima, chunk_shares, finite_rows};
 
 }  // namespace mixtral
 

@@ -81,10 +81,12 @@ inline float largest_of(Lanes x) {
 
 #include "attention_kernel.h"
 #include "rowwise_kernel.h"
+#include "vocabulary_kernel.h"
 
 namespace mixtral {
 
 const AttentionKernel kAttentionPortable = {attend, merge};
 const RowwiseKernel kRowwisePortable = {rms_norm, route};
+const VocabularyKernel kVocabularyPortable = {chunk_maxima, chunk_shares, finite_rows};
 
 }  // namespace mixtral

@@ -1,0 +1,34 @@
+// What sampling asks of rows as wide as the vocabulary: whether they are finite, the largest number of every chunk, and
+// the share of every chunk in the distribution to draw from. Each is one pass over numbers that lie in a cache.
+//
+// The law: a row's results depend on nothing but the row. Sums are sixteen sums of the elements at positions equal
+// modulo 16 within the chunk, ascending, added pairwise as in rowwise.h.
+#pragma once
+
+#include <cstdint>
+
+namespace mixtral {
+
+struct ChunkCall {
+  const float* rows;  // [num_rows, width]
+  float* out;         // [num_rows, chunks]
+  int64_t num_rows, width, length;
+  // Of shares only: out = sum of exp((x - peak) * scale) over the chunk.
+  const float* peaks;   // [num_rows], at least the row's largest
+  const float* scales;  // [num_rows]
+};
+
+// Each on rows [first, end).
+struct VocabularyKernel {
+  void (*maxima)(const ChunkCall& call, int64_t first, int64_t end);
+  void (*shares)(const ChunkCall& call, int64_t first, int64_t end);
+  void (*finite)(const float* rows, int64_t width, uint8_t* out, int64_t first, int64_t end);
+};
+
+extern const VocabularyKernel kVocabularyPortable;
+#if defined(__x86_64__)
+extern const VocabularyKernel kVocabularyAvx2;
+extern const VocabularyKernel kVocabularyAvx512;
+#endif
+
+}  // namespace mixtral
