@@ -30,7 +30,7 @@ from mixtral_serve.model.loader import build_empty
 from mixtral_serve.model.native_layer import hand_over
 from mixtral_serve.model.quantized import hold_packed, packed_places
 from mixtral_serve.model.rowwise import make_row_invariant
-from mixtral_serve.model.runner import MixtralRunner, Numerics, assemble_runner
+from mixtral_serve.model.runner import LoadedModel, MixtralRunner, Numerics, assemble_runner
 from mixtral_serve.model.shape import ModelShape
 from mixtral_serve.settings import Settings
 from mixtral_serve.text.detokenizer import TokenBytes
@@ -155,10 +155,7 @@ def build_engine(plan: EnginePlan, *, go_on: Callable[[], bool] = lambda: True) 
     hand_over(model, backend)
     numerics = Numerics(weights=kind, kernels=settings.kernels, kv_cache_dtype=settings.kv_cache_dtype)
     runner = assemble_runner(
-        model,
-        shape,
-        numerics,
-        backend,
+        LoadedModel(model, shape, numerics, backend),
         num_blocks=plan.config.num_blocks,
         block_size=settings.block_size,
         name=settings.model,

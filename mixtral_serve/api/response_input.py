@@ -113,7 +113,7 @@ def _tool_choice(choice: object) -> object:
 
 
 def _response_format(asked: ResponsesRequest) -> dict[str, Any]:
-    described = asked.text.format.model_dump(by_alias=True, exclude_none=True)
+    described = asked.text_format.model_dump(by_alias=True, exclude_none=True)
     kind = described.pop("type")
     if kind == "json_schema" or described:
         return {"type": kind, "json_schema": described}

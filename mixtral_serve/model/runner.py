@@ -180,6 +180,17 @@ class Numerics:
     kv_cache_dtype: Literal["auto"] | KVDtype = "auto"
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that holds its weights, and what it was loaded with."""
+
+    model: MixtralForCausalLM
+    shape: ModelShape
+    numerics: Numerics
+    backend: Backend | None
+    """What computes with packed weights; None for weights in floating point."""
+
+
 def load_runner(
     checkpoint: Path,
     numerics: Numerics,
@@ -213,10 +224,7 @@ def load_runner(
         backend = choose(weights, numerics.kernels, dims=(shape.intermediate_size, shape.hidden_size))
     model = load_model(opened, weights, backend)
     return assemble_runner(
-        model,
-        shape,
-        numerics,
-        backend,
+        LoadedModel(model, shape, numerics, backend),
         num_blocks=num_blocks,
         block_size=block_size,
         name=name or checkpoint.resolve().name,
@@ -225,28 +233,23 @@ def load_runner(
 
 
 def assemble_runner(
-    model: MixtralForCausalLM,
-    shape: ModelShape,
-    numerics: Numerics,
-    backend: Backend | None,
+    loaded: LoadedModel,
     *,
     num_blocks: int,
     block_size: int,
     name: str,
     logits_listener: LogitsListener | None = None,
 ) -> MixtralRunner:
-    """Give a model that holds its weights a KV cache.
+    """Give a model a KV cache.
 
     Args:
-        model: as ``loader.load_model`` returns it.
-        shape: its dimensions.
-        numerics: what it was loaded with.
-        backend: likewise; None for weights in floating point.
+        loaded: the model.
         num_blocks: blocks of the KV cache, the null block included.
         block_size: positions per block.
         name: what the model is served as.
         logits_listener: see ``MixtralRunner``.
     """
+    shape, numerics, backend = loaded.shape, loaded.numerics, loaded.backend
     weights = numerics.weights
     kv_dtype = kv_dtype_for(weights, numerics.kv_cache_dtype)
     cache = allocate_kv_cache(
@@ -269,7 +272,7 @@ def assemble_runner(
         weights_bytes=shape.weights_bytes(weights),
         kv_cache_bytes=cache.num_bytes,
     )
-    return MixtralRunner(model, shape, cache=cache, info=info, logits_listener=logits_listener)
+    return MixtralRunner(loaded.model, shape, cache=cache, info=info, logits_listener=logits_listener)
 
 
 def fingerprint(name: str, numerics: Numerics, backend: Backend | None) -> str:

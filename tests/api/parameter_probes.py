@@ -84,17 +84,24 @@ def names_ids(seen: Seen) -> bool:
     return "token_id:300" in str(seen.choice["logprobs"])
 
 
+def repeated(name: str) -> Probe:
+    """A label that the answer repeats."""
+    return Probe("x", lambda seen: seen.answer.get(name) == "x")
+
+
 def label(value: Any) -> Probe:
     """Without effect, which ``test_a_label_has_no_effect`` shows."""
     return Probe(value, lambda _: True)
 
 
-LABELS = [
-    (path, name)
-    for path in (CHAT, COMPLETIONS, RESPONSES)
-    for name in ("user", "safety_identifier", "prompt_cache_key")
+LABELS = [(path, name) for path in (CHAT, COMPLETIONS) for name in ("user", "safety_identifier", "prompt_cache_key")]
+LABELS += [
+    (COMPLETIONS, "metadata"),
+    (RESPONSES, "service_tier"),
+    (EMBEDDINGS, "user"),
+    (TOKENIZE, "model"),
+    (DETOKENIZE, "model"),
 ]
-LABELS += [(COMPLETIONS, "metadata"), (EMBEDDINGS, "user"), (TOKENIZE, "model"), (DETOKENIZE, "model")]
 STREAM = {"stream": True}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 USER = {"role": "user", "content": "x"}
@@ -156,7 +163,7 @@ PROBES: dict[str, Probe] = {
     "n": Probe(3, lambda seen: len(seen.submits) == len(seen.answer["choices"]) == 3, edges=[1, 16], beyond=[17]),
     "parallel_tool_calls": Probe(
         False,
-        lambda seen: "NEXT_0" not in (seen.submit.grammar or ""),
+        lambda seen: "next{" not in (seen.submit.grammar or ""),
         base={"tools": [TOOL], "tool_choice": "required"},
     ),
     "presence_penalty": sampling("presence_penalty", -0.5),
@@ -246,6 +253,12 @@ PROBES: dict[str, Probe] = {
     ),
     RESPONSES + " instructions": Probe("x", lambda seen: 370 in seen.prompt, edges=["", "x"], beyond=[5]),
     RESPONSES + " max_output_tokens": submitted("max_tokens", 7, edges=[1, 400]),
+    RESPONSES + " min_tokens": submitted("min_tokens", 3, base={"max_output_tokens": 5}, edges=[0, 5], beyond=[-1]),
+    RESPONSES + " prompt_cache_key": repeated("prompt_cache_key"),
+    RESPONSES + " safety_identifier": repeated("safety_identifier"),
+    RESPONSES + " user": repeated("user"),
+    RESPONSES + " service_tier": label("auto"),
+    RESPONSES + " stream_options": Probe({}, lambda _: True, base=STREAM, edges=[{}], beyond=[5, {"x": 1}]),
     RESPONSES + " metadata": Probe(
         {"a": "b"}, lambda seen: seen.answer.get("metadata") == {"a": "b"}, beyond=[{"k" * 65: "x"}]
     ),
@@ -270,7 +283,7 @@ PROBES: dict[str, Probe] = {
     ),
     RESPONSES + " parallel_tool_calls": Probe(
         False,
-        lambda seen: "NEXT_0" not in (seen.submit.grammar or ""),
+        lambda seen: "next{" not in (seen.submit.grammar or ""),
         base={"tools": [FUNCTION], "tool_choice": "required"},
     ),
     RESPONSES + " top_logprobs": Probe(

@@ -19,7 +19,7 @@ from mixtral_serve.model.loader import build_empty
 from mixtral_serve.model.native_layer import NativeDecoderLayer, hand_over
 from mixtral_serve.model.quantized import compute_with, hold_packed, packed_places
 from mixtral_serve.model.rowwise import make_row_invariant
-from mixtral_serve.model.runner import Numerics, assemble_runner
+from mixtral_serve.model.runner import LoadedModel, Numerics, assemble_runner
 from mixtral_serve.model.shape import KVDtype, ModelShape
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the compiled kernels are not installed")
@@ -55,10 +55,7 @@ def rows_of(drive, make_request):
             )
 
         runner = assemble_runner(
-            model,
-            shape,
-            Numerics(weights=kind, kv_cache_dtype=kv_dtype),
-            NativeBackend(),
+            LoadedModel(model, shape, Numerics(weights=kind, kv_cache_dtype=kv_dtype), NativeBackend()),
             num_blocks=120,
             block_size=16,
             name="m",

@@ -109,7 +109,7 @@ async def _collected(writer: ResponseWriter, stream: TokenStream, deps: Dependen
 
 def _repeated(asked: ResponsesRequest) -> dict[str, object]:
     """The parameters that a response repeats, those that are always the same here included."""
-    text_format = asked.text.format.model_dump(by_alias=True, exclude_none=True)
+    text_format = asked.text_format.model_dump(by_alias=True, exclude_none=True)
     return {
         "model": asked.model,
         "instructions": asked.instructions,

@@ -172,7 +172,7 @@ class TextFormat(StrictModel):
 class TextConfig(StrictModel):
     """How the answer is written."""
 
-    format: TextFormat = TextFormat(type="text")
+    format: TextFormat | None = None
 
 
 class ResponsesRequest(GenerationRequest):
@@ -188,7 +188,7 @@ class ResponsesRequest(GenerationRequest):
     """A system message before the input."""
     max_output_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
     """Most tokens of the answer; by default what the context leaves."""
-    text: TextConfig = TextConfig()
+    text: TextConfig | None = None
     """``format``: plain text, a JSON object, or what a JSON schema describes."""
     tools: list[FunctionTool] = Field(default=[], max_length=MAX_TOOLS)
     """Functions that the model may call."""
@@ -214,6 +214,12 @@ class ResponsesRequest(GenerationRequest):
         if self.top_logprobs is not None and LOGPROBS not in self.include:
             message = f"'top_logprobs' needs '{LOGPROBS}' in 'include'."
             raise InvalidRequest(message, param="top_logprobs", code="invalid_value")
+
+    @property
+    def text_format(self) -> TextFormat:
+        """What the answer's text must look like; plain text where nothing is said."""
+        stated = None if self.text is None else self.text.format
+        return stated or TextFormat(type="text")
 
     def asked_max_tokens(self) -> int | None:
         """See ``GenerationRequest``."""
