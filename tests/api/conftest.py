@@ -286,6 +286,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def api(checkpoint: Path) -> Api:
+    return _new_api(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def shared_api(checkpoint: Path) -> Api:
+    """One application for many tests that look at nothing but their own requests."""
+    return _new_api(checkpoint)
+
+
+def _new_api(checkpoint: Path) -> Api:
     tokenizer = load_tokenizer(checkpoint)
     engine = ScriptedEngine(tokenizer)
     deps = Dependencies(

@@ -19,6 +19,15 @@ from mixtral_serve.text.fakes import write_tiny_tokenizer
 from tests.api.parameter_probes import BODIES, LABELS, PROBES, RESPONSES, STREAM, Probe, Seen
 from tests.api.schema_values import beyond, edges
 
+
+@pytest.fixture
+def api(shared_api: Any) -> Any:
+    """To build an application takes longer than most of these tests."""
+    shared_api.engine.submits.clear()
+    shared_api.engine.streams.clear()
+    return shared_api
+
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 ROWS = [(endpoint.path, row) for endpoint in ENDPOINTS for row in rows_of(endpoint)]
 WORKING = [(path, row) for path, row in ROWS if row.refused is None]

@@ -239,6 +239,8 @@ def test_a_schema_at_the_limits_and_annotations_pass(letters) -> None:
         (lambda: user_grammar("root ::= " + "(" * 5000, after_space=True), "neither a Lark"),
         (lambda: user_grammar("start: secret", after_space=True), "not a valid grammar"),
         (lambda: user_grammar("start: " + "(" * 900 + '"a"' + ")" * 900, after_space=True), "too complex"),
+        (lambda: user_grammar("start: @body", after_space=False), "nothing satisfies"),
+        (lambda: user_grammar("start: @body", after_space=True), "nothing satisfies"),
         (lambda: user_grammar('start: "a" </s>', after_space=True), "control token"),
         (lambda: user_grammar("start: <[1]> /a/", after_space=True), "control token"),
     ],

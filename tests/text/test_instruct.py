@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.validator import MistralRequestValidator, ValidationMode
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mixtral_serve.text.conversation import ChatMessage, FunctionCall, Role
@@ -54,36 +50,11 @@ def conversations(num: int) -> list[list[ChatMessage]]:
     return made
 
 
-class _Vocabulary:
-    """The package's own vocabulary file, with the methods that an instruct tokenizer uses.
-
-    The package reads the file with ``sentencepiece``, which it does not bring: ``SentencePieceModel`` does its part.
-    """
-
-    bos_id, eos_id = 1, 2
-
-    def __init__(self, model: Any) -> None:
-        self._encode = cache(model.encode)
-
-    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
-        assert not bos
-        assert not eos
-        return list(self._encode(text))
-
-    def decode(self, tokens: list[int], special_token_policy: object = None) -> str:
-        del tokens, special_token_policy
-        return ""  # the package keeps a readable copy for debugging
-
-
 class Reference:
-    """The package, put together as its version 1 is: validation, normalisation, then the ids of an instruct request."""
+    """The package's own version 1, over its own vocabulary file."""
 
-    def __init__(self, model: Any) -> None:
-        self._tokenizer: Any = MistralTokenizer(
-            InstructTokenizerV1(cast(Any, _Vocabulary(model))),
-            validator=MistralRequestValidator(mode=ValidationMode.test),
-            request_normalizer=InstructRequestNormalizer.normalizer(),
-        )
+    def __init__(self) -> None:
+        self._tokenizer = MistralTokenizer.v1()
 
     def encode(self, messages: list[ChatMessage], *, prefix: bool = False) -> list[int] | None:
         """Ids of the conversation, or None where it is refused."""
@@ -97,8 +68,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(sentencepiece_model: Any) -> Reference:
-    return Reference(sentencepiece_model)
+def reference() -> Reference:
+    return Reference()
 
 
 @pytest.fixture(scope="module")
