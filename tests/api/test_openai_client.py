@@ -290,9 +290,10 @@ def test_responses_call_functions(api: Any, run: Any, loopback: Any, checkpoint:
             result: Any = {"type": "function_call_output", "call_id": item.call_id, "output": "noon"}
             follow: Any = [{"role": "user", "content": "hi"}, item, result]
             assert (await client.responses.create(model="tiny", input=follow, tools=tools)).status == "completed"
-            kinds = [event.type async for event in await client.responses.create(
-                model="tiny", input="hi", tools=tools, stream=True
-            )]
+            kinds = [
+                event.type
+                async for event in await client.responses.create(model="tiny", input="hi", tools=tools, stream=True)
+            ]
             assert "response.function_call_arguments.done" in kinds
 
     run(scenario())
