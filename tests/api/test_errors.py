@@ -68,12 +68,14 @@ def test_the_routes_are_those_of_this_list(api: Any) -> None:
 
 
 @pytest.mark.parametrize("path", [*GOOD, CANCEL, *GET_PATHS])
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"])
-def test_wrong_methods_are_405_with_the_right_one_named(api: Any, path: str, method: str) -> None:
+def test_wrong_methods_are_405_with_the_right_one_named(api: Any, path: str) -> None:
     right = "GET" if path in GET_PATHS else "POST"
-    if method == right:
-        return
-    reply = api.call(method, path, b"{}")
+    wrong = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"} - {right}
+    for method in sorted(wrong):
+        assert_not_allowed(api.call(method, path, b"{}"), right)
+
+
+def assert_not_allowed(reply: Any, right: str) -> None:
     assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == right
 

@@ -47,6 +47,8 @@ CONFIG = SchedulerConfig(num_blocks=4000, max_num_seqs=64, max_num_batched_token
 INFO = ModelInfo("none", "none", VOCAB, 4096, (2,), CONFIG.num_blocks, CONFIG.block_size, 0, 0)
 TABLE = made_up_words(VOCAB)
 
+pytestmark = pytest.mark.slow
+
 
 def simulated(step_s: Callable[[StepPlan], float]) -> SimulatedEngine:
     return SimulatedEngine(CONFIG, INFO, step_s, TABLE)

@@ -43,6 +43,7 @@ def test_perplexity_stays_within_the_bound_of_its_weights(numerics: Numerics, fp
     assert abs(found / fp32_perplexity - 1) < MOST_LOSS[numerics.weights]
 
 
+@pytest.mark.slow
 @packed
 def test_simple_skills_are_kept(numerics: Numerics) -> None:
     rates = exact_match(Engine(numerics).answer, 15, seed=9, skills=("facts", "sums", "greetings"))

@@ -23,6 +23,8 @@ from mixtral_serve.model.synthetic import DEMO_SIZED, write_synthetic_checkpoint
 COMMAND = Path(sys.executable).parent / "mixtral-serve"
 DEADLINE_S = 120.0
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MIXTRAL_SERVE_")}
@@ -59,14 +61,12 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.slow
 def test_doctor_finds_nothing_wrong_with_a_packed_checkpoint_and_plans_with_its_weights(whole: Path) -> None:
     finished = run("doctor", "--port", "0", "--model", whole)
     assert finished.returncode == 0, finished.stdout
     assert "weights (int8)" in finished.stdout
 
 
-@pytest.mark.slow
 def test_doctor_verifies_every_byte_when_asked(packed: Path) -> None:
     verified = run("doctor", "--port", "0", "--model", packed, "--verify")
     assert verified.returncode == 0, verified.stdout
@@ -94,7 +94,6 @@ def test_row54_row56_a_flipped_bit_is_refused_before_anything_starts(packed: Pat
     assert finished.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_row54_a_flipped_bit_in_the_weights_is_refused_before_the_server_is_ready(packed: Path) -> None:
     flip(packed / ENDS_FILE, bit=8 * (packed / ENDS_FILE).stat().st_size - 1)
     finished = run("serve", "--port", "0", "--threads", "1", "--model", packed)
@@ -104,7 +103,6 @@ def test_row54_a_flipped_bit_in_the_weights_is_refused_before_the_server_is_read
     assert "is ready" not in finished.stdout
 
 
-@pytest.mark.slow
 def test_row55_a_server_survives_the_truncation_of_its_files_and_answers_the_same(
     packed: Path, new_server: Callable[..., Any]
 ) -> None:
@@ -129,7 +127,6 @@ def test_row55_a_server_survives_the_truncation_of_its_files_and_answers_the_sam
         assert "loaded and verified copy as int8" in server.log
 
 
-@pytest.mark.slow
 def test_a_source_that_cannot_be_packed_exits_with_78_and_names_the_file(tmp_path: Path) -> None:
     broken = shutil.copytree(checkpoint_path(), tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
@@ -139,7 +136,6 @@ def test_a_source_that_cannot_be_packed_exits_with_78_and_names_the_file(tmp_pat
     assert not (tmp_path / "packed").exists()
 
 
-@pytest.mark.slow
 def test_a_destination_that_cannot_be_written_exits_with_1(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     finished = run("quantize", "demo", tmp_path / "file" / "packed", "--weights", "int4")
@@ -158,7 +154,6 @@ def test_a_wrong_command_line_exits_with_2(flags: list[str]) -> None:
     assert "usage: mixtral-serve" in finished.stderr
 
 
-@pytest.mark.slow
 def test_row57_ctrl_c_exits_with_130_and_the_same_command_continues(tmp_path: Path) -> None:
     shape = replace(DEMO_SIZED, hidden_size=1024, intermediate_size=2048, num_layers=5)
     write_synthetic_checkpoint(tmp_path / "source", shape)

@@ -34,7 +34,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("weights", "kernels", "law"),
     [
         pytest.param("int8", "native", "batchinvariant", marks=[has_native, pytest.mark.slow]),
-        pytest.param("int4", "auto", "batchinvariant", marks=has_native),
+        pytest.param("int4", "auto", "batchinvariant", marks=[has_native, pytest.mark.slow]),
         pytest.param("int8", "torch", "batchvariant", marks=[has_fbgemm, pytest.mark.slow]),
     ],
 )

@@ -173,6 +173,7 @@ def play_mixed(world: World, random: Random, num_requests: int) -> None:
         scheduler.commit(world.runner.run(plan), 0.0)
 
 
+@pytest.mark.slow
 def test_row47_i29_nothing_is_left_of_ten_thousand_mixed_requests(new_world: NewWorld) -> None:
     before = count_live_states()
     world = new_world(num_blocks=14, block_size=2, max_num_seqs=6)
