@@ -29,6 +29,7 @@ from typing import Any, Final
 
 import torch
 
+from bench.environment import run_as_engine
 from bench.measure import Machine
 from mixtral_serve.kernels.backend import Backend
 from mixtral_serve.kernels.formats import Kind, PackedMatrix
@@ -302,4 +303,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    run_as_engine()
     main()

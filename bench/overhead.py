@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from bench.environment import run_as_engine
 from bench.live_streams import LiveStreams, OverheadError, measure_live_streams, model_shape
 from bench.measure import Machine
 from bench.outside_forward import SAMPLINGS, StepCost, measure_outside_forward
@@ -124,4 +125,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    run_as_engine()
     sys.exit(main())

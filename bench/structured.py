@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
+from bench.environment import run_as_engine
 from bench.full_size.engine import LoadedEngine, build_engine, plan_engine
 from bench.measure import Machine
 from bench.mixtral_pieces import mixtral_token_bytes
@@ -140,4 +141,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    run_as_engine()
     sys.exit(main())

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, get_args
 
+from bench.environment import run_as_engine
 from bench.full_size.allowance import Allowance, NoTimeError, process_began_s
 from bench.full_size.engine import EnginePlan, plan_engine
 from bench.full_size.extrapolation import Target
@@ -132,4 +133,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    run_as_engine()
     sys.exit(main())
