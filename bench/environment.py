@@ -1,4 +1,4 @@
-"""The environment that the server gives its engine, for programs that measure the engine's work in their own process."""
+"""The environment that the server gives its engine, for programs that measure the engine's work themselves."""
 
 from __future__ import annotations
 
