@@ -110,6 +110,7 @@ def test_who_reads_a_revoked_stream_is_told_so_and_revoking_an_ended_one_does_no
         assert (await anext(owner.stream)).text == "a"
         owner.say("", "cancelled")
         assert not owner.stream.is_open
+        assert not owner.stream.revoke(), "a second time, before its reader came to hear of the first"
         with pytest.raises(RequestCancelled):
             await anext(owner.stream)
         assert not owner.stream.revoke()

@@ -127,3 +127,12 @@ def test_weights_that_do_not_fit_each_other_are_refused_by_name(parts, tiny_shap
         NativeLayer(dense, packed | {"o": other}, num_chosen=2, epsilon=1e-5)
     with pytest.raises(KernelArgumentError, match="experts per row"):
         NativeLayer(dense, packed, num_chosen=5, epsilon=1e-5)
+
+
+def test_a_router_over_more_experts_than_the_kernels_can_choose_among_is_refused(parts, tiny_shape: ModelShape) -> None:
+    dense, packed = parts
+    hidden, inner, number = tiny_shape.hidden_size, tiny_shape.intermediate_size, 257
+    for name, of in {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}.items():
+        packed[name] = PackedMatrix.empty("int8", *of, num_matrices=number)
+    with pytest.raises(KernelArgumentError, match="at most 256 experts"):
+        NativeLayer(dense | {"gate": torch.zeros(number, hidden)}, packed, num_chosen=2, epsilon=1e-5)

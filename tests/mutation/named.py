@@ -369,17 +369,17 @@ ORDER = [
     Mutation(
         "seats are filled in a step that preempted",
         "scheduler.py",
-        "        if not preempted:\n            self._fill_seats(draft, now)\n",
-        "        self._fill_seats(draft, now)\n",
+        "Blocking.PREEMPTION if preempted else self._fill_seats(draft, now)",
+        "self._fill_seats(draft, now)",
     ),
     Mutation(
         "somebody slips past the one that does not fit",
         "scheduler.py",
-        "            if not self._fits(state, cached, num_owed):\n                return\n",
+        "            if not self._fits(state, cached, num_owed):\n                return Blocking.BLOCKS\n",
         "            if not self._fits(state, cached, num_owed):\n"
         "                late = self._room.waiting()[-1:]\n"
         "                if not late or late[0].id in self._in_flight or not self._fits(late[0], [], num_owed):\n"
-        "                    return\n"
+        "                    return Blocking.BLOCKS\n"
         "                state, cached = late[0], []\n",
     ),
     Mutation(
@@ -421,7 +421,7 @@ ORDER = [
     Mutation(
         "one round sets aside the whole queue",
         "scheduler.py",
-        "                if num_set_aside == self.config.max_num_seqs:\n                    return\n",
+        "                if num_set_aside == self.config.max_num_seqs:\n                    return Blocking.NEXT_STEP\n",
         "",
     ),
 ]

@@ -114,6 +114,16 @@ def test_beyond_what_one_round_looks_at_one_waits_for_the_next_step(new_world: N
     assert reasons == [Blocking.PREFIX, Blocking.PREFIX, Blocking.NEXT_STEP]
 
 
+def test_who_was_handed_back_when_nobody_queued_waits_for_the_next_step(new_world: NewWorld) -> None:
+    world = new_world(max_num_batched_tokens=16)
+    world.add(make_request("first", prompt(1, 8)))
+    world.add(make_request("twin", prompt(1, 8)))
+    world.step()
+    assert entry(world, "twin").blocking is Blocking.NEXT_STEP, "no policy holds it up"
+    world.step()
+    assert entry(world, "twin").status is RequestStatus.RUNNING
+
+
 def test_the_preempted_wait_for_a_step_with_enough_blocks_and_go_first(new_world: NewWorld) -> None:
     world = new_world(num_blocks=6, enable_prefix_caching=False)
     world.add(make_request("old", prompt(1, 8), max_tokens=11))

@@ -43,7 +43,7 @@ def test_mixtrals_ids_are_those_of_sentencepiece(mixtral: Tokenizer, text: str) 
 
 @settings(deadline=None)
 @given(text=TEXT | PROSE)
-def test_encoding_agrees_with_a_naive_sentencepiece(mixtral: Tokenizer, sentencepiece_model: Any, text: str) -> None:
+def test_encoding_agrees_with_sentencepiece(mixtral: Tokenizer, sentencepiece_model: Any, text: str) -> None:
     assert mixtral.encode(text, add_bos=False).tolist() == sentencepiece_model.encode(text)
 
 
