@@ -36,11 +36,11 @@ races), swapping blocks out (recomputing from the cache is cheaper than moving m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
 
 from scheduler.accountant import MemoryAccountant, request_bytes
 from scheduler.census import Blocking, Census, take_census
 from scheduler.config import SchedulerConfig
+from scheduler.deadlines import Deadlines
 from scheduler.draft import StepDraft
 from scheduler.errors import DuplicateRequestError, ProtocolError, QueueFullError, RequestTooLargeError
 from scheduler.events import Admitted, BlockEvicted, Event, Finished, Preempted, PrefixHit, Resumed
@@ -51,7 +51,8 @@ from scheduler.outcome import apply_result, validate_result
 from scheduler.plan import StepPlan, StepResult
 from scheduler.policies.base import Policy
 from scheduler.prefix_cache import HashFunction, sha256_digest
-from scheduler.request import BlockId, Request, RequestId, RequestKind, RequestState
+from scheduler.prefix_sharing import PrefixSharing
+from scheduler.request import BlockId, Request, RequestId, RequestState
 from scheduler.stats import SchedulerStats
 from scheduler.waiting_room import WaitingRoom
 
@@ -79,10 +80,11 @@ class Scheduler:
             hash_function=hash_function,
         )
         self._in_flight = InFlightPrefixes()
+        self._sharing = PrefixSharing(config, self._kv, self._in_flight)
         self._room = WaitingRoom(policy, self._in_flight, max_overtakes=config.max_overtakes)
         self._states: dict[RequestId, RequestState] = {}
         self._running: dict[RequestId, RequestState] = {}
-        self._deadlines: list[tuple[float, int, RequestState]] = []
+        self._deadlines = Deadlines()
         self._open_plan: StepPlan | None = None
         self._next_serial = 0
         self._num_steps = 0
@@ -117,8 +119,7 @@ class Scheduler:
         self._next_serial += 1
         self._states[request.id] = state
         self._room.enter(state)
-        if request.deadline_s is not None:
-            heappush(self._deadlines, (request.deadline_s, state.serial, state))
+        self._deadlines.add(state)
 
     def finish(self, request_id: RequestId, reason: FinishReason, *, error: str | None = None) -> tuple[Event, ...]:
         """End a request wherever it is; its blocks are free at once. Unknown and ended ids are fine: no events."""
@@ -136,7 +137,8 @@ class Scheduler:
         if self._open_plan is not None:
             raise ProtocolError(f"step {self._open_plan.step_id} was not committed")
         draft = StepDraft(self.config.max_num_batched_tokens)
-        self._end_overdue(draft, now)
+        draft.events.extend(self._end(state, FinishReason.DEADLINE) for state in self._deadlines.overdue(now))
+        self._deadlines.tidy(num_live=len(self._states))
         preempted = self._schedule_running(draft, now)
         self._blocking = Blocking.PREEMPTION if preempted else self._fill_seats(draft, now)
         self._num_seen = self._next_serial
@@ -210,16 +212,6 @@ class Scheduler:
 
     # Planning
 
-    def _end_overdue(self, draft: StepDraft, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            state = heappop(self._deadlines)[2]
-            if state.status is not RequestStatus.FINISHED:
-                draft.events.append(self._end(state, FinishReason.DEADLINE))
-        # Who ended in time stays until its deadline surfaces; a heap that is mostly theirs is rebuilt.
-        if len(self._deadlines) > 64 + 2 * len(self._states):
-            self._deadlines = [entry for entry in self._deadlines if entry[2].status is not RequestStatus.FINISHED]
-            heapify(self._deadlines)
-
     def _schedule_running(self, draft: StepDraft, now: float) -> bool:
         """Rules 1 to 3. Returns whether somebody was preempted."""
         num_events = len(draft.events)
@@ -284,9 +276,9 @@ class Scheduler:
         while draft.budget and len(self._running) < self.config.max_num_seqs:
             state = self._room.next(now, idle=not self._running)
             if state is None:
-                return Blocking.POLICY
-            cached = self._cached_prefix(state)
-            awaited = self._awaited_prefix(state, len(cached))
+                return Blocking.POLICY if self._room.num_queued else Blocking.NEXT_STEP
+            cached = self._sharing.cached(state)
+            awaited = None if self._room.is_aged(state) else self._sharing.awaited(state, len(cached))
             if awaited is not None:
                 # One round sets aside at most as many as it could have seated: a step's cost stays
                 # bounded by what runs, not by how many equal prompts wait.
@@ -302,28 +294,6 @@ class Scheduler:
             self._start(state, cached, draft, now)
             num_owed += self._blocks_owed(state)
         return Blocking.TOKEN_BUDGET if len(self._running) < self.config.max_num_seqs else Blocking.SEATS
-
-    def _cached_prefix(self, state: RequestState) -> list[BlockId]:
-        # Scored prompts need every row computed, embeddings every hidden state: a cached block has neither.
-        if state.request.scores_prompt or state.kind is RequestKind.EMBED:
-            return []
-        return self._kv.cached_prefix(state)
-
-    def _awaited_prefix(self, state: RequestState, num_cached_blocks: int) -> bytes | None:
-        """The block hash that the request should wait for, if another request is computing its prefix."""
-        if (
-            not self.config.enable_prefix_caching
-            or state.status is RequestStatus.PREEMPTED
-            or state.request.scores_prompt
-            or state.kind is RequestKind.EMBED
-            or self._room.is_aged(state)
-        ):
-            return None
-        return self._in_flight.last_shared(self._shareable_hashes(state)[num_cached_blocks:])
-
-    def _shareable_hashes(self, state: RequestState) -> Sequence[bytes]:
-        """Hashes of the full blocks that a request with the same tokens could find in the cache."""
-        return self._kv.block_hashes(state, (state.num_tokens - 1) // self.config.block_size)
 
     def _blocks_to_start(self, state: RequestState) -> int:
         """Blocks the request must be sure of when it starts: its known tokens and the next one, or, after
@@ -353,8 +323,7 @@ class Scheduler:
         self._kv.adopt(state, cached)
         if state.num_preemptions >= self.config.max_preemptions:
             self._kv.pledge(state, self._blocks_to_start(state) - len(cached))
-        if self.config.enable_prefix_caching:
-            self._in_flight.lead(state.id, self._shareable_hashes(state)[len(cached) :])
+        self._sharing.lead(state, len(cached))
         if resumed:
             draft.events.append(Resumed(state.id))
         else:

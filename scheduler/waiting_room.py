@@ -47,6 +47,11 @@ class WaitingRoom:
         return len(self._waiting)
 
     @property
+    def num_queued(self) -> int:
+        """Waiting, and not set aside."""
+        return len(self._waiting) - len(self._in_flight)
+
+    @property
     def num_preempted(self) -> int:
         return self._num_preempted
 

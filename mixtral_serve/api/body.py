@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
@@ -23,10 +24,14 @@ from pydantic import BaseModel, ValidationError
 from mixtral_serve.api.errors import InvalidRequest, clean_name
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
+Location: TypeAlias = tuple[int | str, ...]
+"""Where in a body something is: keys and indices."""
 
 _MAX_DIAGNOSED_BYTES: Final = 65_536
 _MAX_INT_DIGITS: Final = 20
 _MAX_PARAM_CHARS: Final = 160
+_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*+\\u0000")
+"""The character NUL as JSON spells it, and not a backslash before "u0000"."""
 
 _CODES: Final[Mapping[str, str]] = {
     "missing": "missing_required_parameter",
@@ -71,17 +76,24 @@ def parse_json(body: bytes) -> dict[str, Any]:
         value = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise _diagnosed(body) from None
-    if b"\\u0000" in body:
-        _refuse(value, _has_nul, "must not contain the character NUL")
+    if _NUL.search(body):
+        # Which of the values of a large body has it is not worth the walk.
+        _refuse(value if len(body) <= _MAX_DIAGNOSED_BYTES else "\0", _has_nul, "must not contain the character NUL")
     if not isinstance(value, dict):
         raise InvalidRequest("The body is a JSON object.", param=None, code="invalid_type")
     return value
 
 
 def validated(
-    model: type[RequestT], fields: dict[str, Any], *, unknown_fields: Literal["error", "warn"]
+    model: type[RequestT],
+    fields: dict[str, Any],
+    *,
+    unknown_fields: Literal["error", "warn"],
+    located: Callable[[Location], Location] = lambda location: location,
 ) -> Validated[RequestT]:
     """``fields`` as a request. With ``unknown_fields="warn"`` unknown ones are dropped and reported.
+
+    ``located`` makes of a place in ``model`` the place in ``fields``, where those differ.
 
     Raises:
         InvalidRequest: the first thing that is wrong, with the field's name.
@@ -90,20 +102,21 @@ def validated(
         return Validated(model.model_validate(fields), ())
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-    unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+    unknown = [located(detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"]
     if unknown_fields == "error" or not unknown:
-        raise _invalid(details[0])
+        raise _invalid(details[0], located(details[0]["loc"]))
     for location in unknown:
         _drop(fields, location)
     try:
         request = model.model_validate(fields)
     except ValidationError as error:
-        raise _invalid(error.errors(include_url=False, include_input=False)[0]) from None
+        detail = error.errors(include_url=False, include_input=False)[0]
+        raise _invalid(detail, located(detail["loc"])) from None
     return Validated(request, tuple(_param(location) for location in unknown))
 
 
-def _invalid(detail: Mapping[str, Any]) -> InvalidRequest:
-    param = _param(detail["loc"])
+def _invalid(detail: Mapping[str, Any], location: Location) -> InvalidRequest:
+    param = _param(location)
     kind = detail["type"]
     if kind in _BOUNDS:
         limit = next(iter(detail["ctx"].values()))
@@ -120,7 +133,7 @@ def _invalid(detail: Mapping[str, Any]) -> InvalidRequest:
     return InvalidRequest(message, param=param, code=code)
 
 
-def _param(location: tuple[int | str, ...]) -> str:
+def _param(location: Location) -> str:
     path = ""
     for part in location:
         if isinstance(part, int):
@@ -130,7 +143,7 @@ def _param(location: tuple[int | str, ...]) -> str:
     return path[:_MAX_PARAM_CHARS]
 
 
-def _drop(fields: dict[str, Any], location: tuple[int | str, ...]) -> None:
+def _drop(fields: dict[str, Any], location: Location) -> None:
     parent: Any = fields
     for part in location[:-1]:
         parent = parent[part]
@@ -167,7 +180,7 @@ class _Place(NamedTuple):
     part: int | str
 
 
-def _location(place: _Place | None) -> tuple[int | str, ...]:
+def _location(place: _Place | None) -> Location:
     parts: list[int | str] = []
     while place is not None:
         parts.append(place.part)

@@ -1,7 +1,7 @@
-"""Between the OpenAI API's words and the engine's: the only file that knows both.
+"""Between the OpenAI API's words and the engine's.
 
-Owns: the translation of a validated request into ``Submit`` messages, of finish reasons, and of token counts into
-``usage``.
+Owns: the translation of a validated request for text into ``Submit`` messages, of finish reasons, and of token counts
+into ``usage``.
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ def submits_for(
     """One submit per prompt and choice, in the order of the answer's choices.
 
     Raises:
-        InvalidRequest: a prompt (with the output asked for) is too long, or there are too many choices.
+        InvalidRequest: a prompt has no token, or (with the output asked for) too many, or there are too many choices.
     """
+    if not all(prompts):
+        message = f"'{origin.prompt_param}' has no tokens: an empty text needs its begin-of-sequence token."
+        raise InvalidRequest(message, param=origin.prompt_param, code="empty_string")
     if len(prompts) * request.n > MAX_CHOICES:
         message = f"'n' times the number of prompts is at most {MAX_CHOICES}."
         raise InvalidRequest(message, param="n", code="integer_above_max_value")
@@ -203,8 +206,9 @@ def _least_output(request: GenerationRequest, terms: Terms) -> int:
 
 
 def _check_scores(request: GenerationRequest, num_prompt_tokens: int) -> None:
+    """Each choice of an answer repeats its prompt's log-probabilities."""
     asked = request.num_scored()
-    if asked is not None and num_prompt_tokens * (1 + asked) > MAX_SCORES:
+    if asked is not None and num_prompt_tokens * request.n * (1 + asked) > MAX_SCORES:
         param = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
         message = f"'{param}': {MAX_SCORES} log-probabilities of prompt tokens are given at most."
         raise InvalidRequest(message, param=param, code="integer_above_max_value")

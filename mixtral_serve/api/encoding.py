@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class PromptEncoder:
-    """Encodes the prompts of both endpoints."""
+    """Encodes the prompts of all endpoints."""
 
     def __init__(self, tokenizer: Tokenizer, chat_template: ChatEncoder | None) -> None:
         self._tokenizer = tokenizer
@@ -50,9 +50,17 @@ class PromptEncoder:
         """Ids of a conversation. ``may_be_too_long``: it is cut afterwards.
 
         Raises:
-            InvalidRequest: it cannot fit, or the model has no chat template.
+            InvalidRequest: it cannot fit, its tools are nested too deeply, or the model has no chat template.
             ChatTemplateError: the template refuses it.
         """
+        try:
+            return await self._chat(messages, info, how, may_be_too_long)
+        except RecursionError:  # tools are the only part that nests; those that are called have stricter limits
+            raise InvalidRequest("'tools' are nested too deeply.", param="tools", code="invalid_value") from None
+
+    async def _chat(
+        self, messages: Sequence[ChatMessage], info: ModelInfo, how: Rendering, may_be_too_long: bool
+    ) -> array[int]:
         template = self._chat_template
         if template is None:
             message = "The model has no chat template: use /v1/completions."
@@ -98,7 +106,15 @@ class PromptEncoder:
         def decode() -> list[str]:
             return [self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in prompts]
 
-        if sum(map(len, prompts)) <= _LONG_PROMPTS:
+        return await self._decoded(sum(map(len, prompts)), decode)
+
+    async def pieces(self, ids: array[int]) -> list[str]:
+        """The text of each token, U+FFFD for what is none, in the side thread if there are many."""
+        table = self._tokenizer.token_bytes
+        return await self._decoded(len(ids), lambda: [table[token_id].decode("utf-8", "replace") for token_id in ids])
+
+    async def _decoded(self, num_tokens: int, decode: Callable[[], T]) -> T:
+        if num_tokens <= _LONG_PROMPTS:
             return decode()
         return await asyncio.get_running_loop().run_in_executor(self._thread, decode)
 

@@ -44,6 +44,8 @@ from mixtral_serve.text.errors import ChatTemplateError
 _MAX_NAME_CHARS: Final = 64
 _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9_.\-\[\]]")
 INVALID_REQUEST: Final = "invalid_request_error"
+UNEXPECTED: Final = "internal_error"
+"""The code of what nobody raised on purpose."""
 
 
 class ApiError(Exception):
@@ -127,7 +129,7 @@ def describe(error: BaseException) -> Problem:
     for kind, problem_of in _TABLE:
         if isinstance(error, kind):
             return problem_of(error)
-    return Problem(500, "server_error", "internal_error", "The server had an error while processing your request.")
+    return Problem(500, "server_error", UNEXPECTED, "The server had an error while processing your request.")
 
 
 def _http_problem(error: HTTPException) -> Problem:
@@ -138,7 +140,7 @@ def _http_problem(error: HTTPException) -> Problem:
         return Problem(405, INVALID_REQUEST, "method_not_allowed", "The route has another method.", headers=headers)
     if error.status_code < 500:
         return Problem(error.status_code, INVALID_REQUEST, "invalid_request", "The request is not valid.")
-    return Problem(error.status_code, "server_error", "internal_error", "The server had an error.")
+    return Problem(error.status_code, "server_error", UNEXPECTED, "The server had an error.")
 
 
 def _too_long(error: PromptTooLong) -> Problem:

@@ -1,4 +1,4 @@
-"""The common way of both endpoints, from submits to the answer.
+"""The common way of chats and text completions, from submits to the answer.
 
 Owns: ``generate``: submit, then either a stream of events or one whole answer; in both cases the client's leaving
 cancels every choice at once.
@@ -25,8 +25,8 @@ from mixtral_serve.api.sse import DONE, EventStream, KeepAlive
 from mixtral_serve.engine.messages import Delta, Submit
 from mixtral_serve.engine.stream import TokenStream
 
-_MANY_SCORES: Final = 1_000
-"""Positions of prompts whose log-probabilities take some milliseconds to spell: beyond them a thread does it."""
+_MANY_LOGPROBS: Final = 1_000
+"""Positions whose log-probabilities take some milliseconds to spell: beyond them a thread does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ async def generate(generation: Generation, engine: Engine, *, receive: Receive) 
     finally:
         _cancel(streams)
     counts = usage(generation.prompts, choices)
-    if sum(len(choice.prompt_logprobs) for choice in choices) > _MANY_SCORES:
+    if sum(len(choice.prompt_logprobs) + len(choice.logprobs) for choice in choices) > _MANY_LOGPROBS:
         answer = await asyncio.to_thread(generation.format.answer, choices, counts)
     else:
         answer = generation.format.answer(choices, counts)

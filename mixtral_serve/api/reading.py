@@ -9,21 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
 
 from mixtral_serve.api.auth import Caller
 from mixtral_serve.api.body import parse_json, validated
 from mixtral_serve.api.deps import Dependencies
-from mixtral_serve.api.intake import WARNING_HEADER, require_model
+from mixtral_serve.api.intake import require_info, require_model, warning_headers
 from mixtral_serve.api.schemas.refused import Refused, Screen
 from mixtral_serve.api.schemas.tokens import NamedRequest
 from mixtral_serve.contract import ModelInfo
-from mixtral_serve.engine.errors import EngineUnavailable
-
-_LOADING_RETRY_AFTER_S: Final = 5.0
-_MAX_WARNED_FIELDS: Final = 64
 
 RequestT = TypeVar("RequestT", bound=NamedRequest)
 
@@ -53,7 +49,13 @@ class Received(Generic[RequestT]):
     info: ModelInfo
     model_name: str
     """The name that the answer carries."""
-    headers: dict[str, str]
+    ignored: tuple[str, ...]
+    """Fields that were dropped."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer."""
+        return warning_headers(self.ignored)
 
 
 async def read_fields(request: Request, deps: Dependencies) -> Fields:
@@ -84,9 +86,11 @@ def received(
     name = checked.request.model
     if name is not None:
         require_model(name, deps)
-    info = deps.engine.info
-    if info is None:
-        raise EngineUnavailable(deps.engine.state.value, _LOADING_RETRY_AFTER_S)
-    ignored = (*screen.dropped, *checked.ignored)[:_MAX_WARNED_FIELDS]
-    headers = {WARNING_HEADER: "ignored: " + ", ".join(ignored)} if ignored else {}
-    return Received(checked.request, read.caller, read.arrival_s, info, name or deps.model_names[0], headers)
+    return Received(
+        request=checked.request,
+        caller=read.caller,
+        arrival_s=read.arrival_s,
+        info=require_info(deps),
+        model_name=name or deps.model_names[0],
+        ignored=(*screen.dropped, *checked.ignored),
+    )

@@ -21,12 +21,23 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from mixtral_serve.api.schemas.chat import ChatRequest
-from mixtral_serve.api.schemas.common import StreamOptions
+from mixtral_serve.api.schemas.common import StreamOptions, StrictModel
 from mixtral_serve.api.schemas.completions import CompletionRequest
 from mixtral_serve.api.schemas.embeddings import EMBEDDING_UNSUPPORTED, EmbeddingRequest
 from mixtral_serve.api.schemas.refused import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, STREAM_UNSUPPORTED, Refused
-from mixtral_serve.api.schemas.responses import RESPONSES_UNSUPPORTED, ResponsesRequest
-from mixtral_serve.api.schemas.tokens import TOKENIZE_UNSUPPORTED, DetokenizeRequest, TokenizeRequest
+from mixtral_serve.api.schemas.responses import (
+    RESPONSE_STREAM_UNSUPPORTED,
+    RESPONSES_UNSUPPORTED,
+    TEXT_UNSUPPORTED,
+    ResponsesRequest,
+    TextConfig,
+)
+from mixtral_serve.api.schemas.tokens import (
+    CONVERSATION_FIELDS,
+    TOKENIZE_UNSUPPORTED,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 _INTRODUCTION: Final = """\
 # The API's parameters
@@ -70,18 +81,24 @@ class Row:
 
 
 _STREAMS: Final = {"stream_options": (StreamOptions, STREAM_UNSUPPORTED)}
+# Events of responses have their own frame: no option is left that asks for something.
+_RESPONSES: Final = {
+    "stream_options": (StrictModel, RESPONSE_STREAM_UNSUPPORTED),
+    "text": (TextConfig, TEXT_UNSUPPORTED),
+}
+_CONVERSATION: Final = ", ".join([f"`{name}`" for name in sorted(CONVERSATION_FIELDS)])
 ENDPOINTS: Final[Sequence[Endpoint]] = (
     Endpoint("/v1/chat/completions", ChatRequest, CHAT_UNSUPPORTED, _STREAMS),
     Endpoint("/v1/completions", CompletionRequest, COMPLETION_UNSUPPORTED, _STREAMS),
-    Endpoint("/v1/responses", ResponsesRequest, RESPONSES_UNSUPPORTED, {}),
+    Endpoint("/v1/responses", ResponsesRequest, RESPONSES_UNSUPPORTED, _RESPONSES),
     Endpoint("/v1/embeddings", EmbeddingRequest, EMBEDDING_UNSUPPORTED, {}),
     Endpoint(
         "/tokenize",
         TokenizeRequest,
         TOKENIZE_UNSUPPORTED,
         {},
-        note="Also under `/v1`. Instead of `prompt` it takes `messages` and `tools` as chat completions do, and so "
-        "does `/apply-template`, which answers with the text too.",
+        note="Also under `/v1`. Instead of `prompt` and `add_special_tokens` it takes a conversation as chat "
+        f"completions do ({_CONVERSATION}), and so does `/apply-template`, which answers with the text too.",
     ),
     Endpoint("/detokenize", DetokenizeRequest, {}, {}, note="Also under `/v1`."),
 )

@@ -24,6 +24,7 @@ from typing import Any, Final
 from mixtral_serve.api.errors import Problem
 from mixtral_serve.api.logprobs import TokenNames, chat_logprobs
 from mixtral_serve.api.sse import json_line
+from mixtral_serve.api.tools import new_call_id
 from mixtral_serve.engine.messages import Delta
 from mixtral_serve.text.tool_calls import ArgumentsPiece, CallEvent, CallReader, CallStarted, TextPiece
 from scheduler.events import TokenLogprob
@@ -93,17 +94,18 @@ class ResponseWriter:
         if delta.finish_reason is None:
             return data
         self._last = delta
-        if not self._items:
-            data += self._tell(TextPiece(""))  # an answer without a word is a message without text
+        is_message = not self._items or self._items[-1].call is None
+        if is_message and (self._logprobs or not self._items):
+            data += self._tell(TextPiece(""))  # an answer without a word is a message; last tokens may have no text
         data += self._finish_item(_STATUS[delta.finish_reason])
         response = self.response(now=now)
         return data + self._event(f"response.{response['status']}", response=response)
 
     def failed(self, problem: Problem) -> bytes:
         """The end of a stream that cannot go on."""
-        opening = self._opening()
+        begun = self._opening() + self._finish_item("incomplete")
         error = {"code": "server_error", "message": problem.message}
-        return opening + self._event("response.failed", response=self._response("failed", error=error))
+        return begun + self._event("response.failed", response=self._response("failed", error=error))
 
     def response(self, *, now: int) -> dict[str, object]:
         """The whole response, once the last delta was pushed."""
@@ -160,8 +162,8 @@ class ResponseWriter:
     def _tell(self, event: CallEvent) -> bytes:
         if isinstance(event, CallStarted):
             finished = self._finish_item("completed")
-            call = (f"call_{secrets.token_hex(12)}", event.name)
-            return finished + self._begin_item(_Item(f"fc_{secrets.token_hex(12)}", len(self._items), call))
+            item = _Item(f"fc_{secrets.token_hex(12)}", len(self._items), (new_call_id(), event.name))
+            return finished + self._begin_item(item)
         if isinstance(event, ArgumentsPiece):
             item = self._items[-1]
             item.pieces.append(event.text)

@@ -8,7 +8,7 @@ each message speaks of the fields that the client sent.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from mixtral_serve.api.conversations import checked_conversation
@@ -25,12 +25,6 @@ _PLAIN: Final = (
     ("tool_choice.function.", "tool_choice."),
     ("tool_choice.allowed_tools.", "tool_choice."),
 )
-_TAGS: Final = re.compile(r"(input\[\d+\])\.(?:message|function_call_output|function_call)\b")
-
-
-def untagged(error: InvalidRequest) -> InvalidRequest:
-    """``error`` without the marks by which the schema tells kinds of items apart."""
-    return _renamed(error, lambda text: _TAGS.sub(r"\1", text))
 
 
 def chat_of(asked: ResponsesRequest, deps: Dependencies) -> ChatRequest:
@@ -48,7 +42,7 @@ def chat_of(asked: ResponsesRequest, deps: Dependencies) -> ChatRequest:
         "response_format": _response_format(asked),
     }
     try:
-        return checked_conversation(fields, deps)
+        return checked_conversation(fields, deps).request  # nothing is dropped: these fields are our own
     except InvalidRequest as error:
         raise in_own_words(error, places) from None
 
@@ -58,7 +52,11 @@ def in_own_words(error: InvalidRequest, places: Sequence[int | None] = ()) -> In
 
     ``places``: for each message the item that it comes from.
     """
-    return _renamed(error, lambda text: _sent_name(text, places))
+    return InvalidRequest(
+        _sent_name(str(error), places),
+        param=None if error.param is None else _sent_name(error.param, places),
+        code=error.code,
+    )
 
 
 def _messages(asked: ResponsesRequest) -> tuple[list[dict[str, Any]], list[int | None]]:
@@ -131,9 +129,3 @@ def _sent_name(text: str, places: Sequence[int | None]) -> str:
     for old, new in _PLAIN:
         text = text.replace(old, new)
     return text
-
-
-def _renamed(error: InvalidRequest, rename: Callable[[str], str]) -> InvalidRequest:
-    return InvalidRequest(
-        rename(str(error)), param=None if error.param is None else rename(error.param), code=error.code
-    )

@@ -24,7 +24,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from mixtral_serve.api.errors import ClientDisconnected, Problem, describe
+from mixtral_serve.api.errors import UNEXPECTED, ClientDisconnected, Problem, describe
 from mixtral_serve.api.responses import until_disconnect
 
 _log = logging.getLogger(__name__)
@@ -134,8 +134,11 @@ class EventStream(Response):
             except Exception as error:
                 if not wire.is_started:
                     raise
-                _log.warning("a stream was cut by an error: %s", type(error).__name__)
-                await wire.write(self._to_event(describe(error)))
+                problem = describe(error)
+                # Only what nobody raised on purpose needs its traceback.
+                unexpected = error if problem.code == UNEXPECTED else None
+                _log.warning("a stream was cut by an error: %s", type(error).__name__, exc_info=unexpected)
+                await wire.write(self._to_event(problem))
 
     async def _comment(self, wire: _Wire) -> None:
         """Look twice in ``every_s``; a comment follows where nothing was sent between two looks."""

@@ -29,8 +29,9 @@ ARENAS_BYTES: Final = 128_000_000
 """What the allocator may keep at the tops of its two arenas before it gives memory back."""
 BLOCK_INDEX_BYTES: Final = 1_000
 """Python's side of one KV block: its place in the free list, its entry in the prefix cache, its hash."""
-MAX_LIVE_REQUESTS_BYTES: Final = 1_000_000_000
-"""Budget for the structures of live requests; beyond it requests are refused, however few they are."""
+MAX_LIVE_REQUESTS_BYTES: Final = 2_000_000_000
+"""Budget for the structures of live requests; beyond it requests are refused, however few they are. Enough for all
+seats of the default settings with a constrained request of common length on each."""
 MAX_ALTERNATIVES: Final = 20
 """Log-probabilities that a request may ask for at each position."""
 

@@ -149,6 +149,7 @@ class EngineCore:
         if self._memory is not None and self._memory.observe(self._clock(), shed=self._scheduler.drop_unheld_prefixes):
             self._has_news = True
             _log.warning("memory: %s", "pressure, requests are refused" if self._is_pressed else "pressure is over")
+        self._end_overdue_compiling()
         if not self.has_work:
             return None
         self._has_news = False
@@ -159,6 +160,17 @@ class EngineCore:
         inspections, self._inspections = self._inspections.values(), {}
         censuses = tuple([self._census(asked) for asked in inspections])
         return Tick(deltas=deltas, stats=self._stats(), timing=timing, censuses=censuses)
+
+    def close(self) -> None:
+        """Let the side threads end; nothing may follow."""
+        self._grammars.close()
+
+    def _end_overdue_compiling(self) -> None:
+        """The deadlines of those that the scheduler has not heard of."""
+        for held in self._grammars.held:
+            deadline_s = held.request.deadline_s
+            if deadline_s is not None and deadline_s <= self._clock():
+                self._finish(held.request.id, FinishReason.DEADLINE)
 
     def _census(self, asked: Inspect) -> Census:
         census = self._scheduler.census(asked.tenant, asked.most)
@@ -183,7 +195,7 @@ class EngineCore:
             self._outputs.refuse(submit.request_id, f"it could not be started: {error!r}", None)
             return
         prepared = _Prepared(request, output, sampling_of(submit, request.stop))
-        if submit.request_id in self._grammars.compiling_ids:
+        if request.id in self._sampling or submit.request_id in self._grammars.compiling_ids:
             self._outputs.refuse(submit.request_id, "its id is taken", DuplicateRequestError.__name__)
         elif submit.grammar is None:
             self._add(prepared)

@@ -111,6 +111,11 @@ class Grammars(Generic[T]):
         """Whether ``take_ready`` would return any."""
         return any(waiting.matcher.done() for waiting in self._compiling.values())
 
+    def close(self) -> None:
+        """Begin nothing further; the threads end after what they are at. Waits for nobody."""
+        for executor in (self._compiler, self._masker):
+            executor.shutdown(wait=False, cancel_futures=True)
+
     def start(self, request_id: str, grammar: str, held: T) -> None:
         """Begin to compile. ``held`` comes back through ``take_ready`` or ``drop``."""
         assert request_id not in self._compiling, "ids are unique among live requests"

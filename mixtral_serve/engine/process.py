@@ -74,7 +74,10 @@ def run_engine(
         return _cannot_start(connection, "loading the model takes more memory than planned", EXIT_CONFIG)
     core = EngineCore(parts.scheduler, parts.runner, parts.token_bytes, memory=parts.memory, clock=clock)
     _send(connection, Ready(info=model_info(parts.runner, parts.scheduler), load_s=clock() - started_s))
-    return serve(connection, core)
+    try:
+        return serve(connection, core)
+    finally:
+        core.close()
 
 
 def serve(connection: EngineSocket, core: EngineCore) -> int:

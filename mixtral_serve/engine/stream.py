@@ -75,9 +75,11 @@ class TokenStream:
 
     def revoke(self) -> bool:
         """``cancel`` by somebody else than the consumer, who is told. False when the request has ended already."""
-        self._is_revoked = self._is_open
+        if not self._is_open:
+            return False
+        self._is_revoked = True
         self.cancel()
-        return self._is_revoked
+        return True
 
     def __aiter__(self) -> Self:
         return self

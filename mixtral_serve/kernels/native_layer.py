@@ -34,6 +34,7 @@ from mixtral_serve.kernels.native_products import (
     check_packed,
     scratch,
 )
+from mixtral_serve.kernels.native_rowwise import max_experts
 
 _PROJECTIONS: Final = ("q", "k", "v", "o")
 _EXPERTS: Final = ("w1", "w2", "w3")
@@ -156,6 +157,8 @@ def _check_weights(dense: Mapping[str, torch.Tensor], packed: Mapping[str, Packe
     experts = dense["gate"].shape[0]
     if not (0 < num_chosen <= min(experts, MAX_CHOSEN) and max(hidden, query.num_rows) <= MAX_COLS):
         raise KernelArgumentError("more experts per row than there are, or more columns than the kernels can add up")
+    if experts > (most := max_experts()):
+        raise KernelArgumentError(f"the router chooses among at most {most} experts, not {experts}")
     for name in ("attention_norm", "experts_norm"):
         _check(name, dense[name], (hidden,))
     _check("gate", dense["gate"], (experts, hidden))

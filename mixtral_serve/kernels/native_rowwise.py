@@ -31,6 +31,15 @@ def _typed_library() -> ctypes.CDLL:
     return loaded
 
 
+def max_experts() -> int:
+    """Among how many experts the router can choose.
+
+    Raises:
+        NativeUnavailableError: there are no compiled kernels.
+    """
+    return int(_typed_library().mixtral_max_experts())
+
+
 _LIBRARY = torch.library.Library("mixtral_serve", "FRAGMENT")  # type: ignore[no-untyped-call]  # PyTorch does not say
 _LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")  # type: ignore[no-untyped-call]  # PyTorch does not say
 _LIBRARY.define("route(Tensor hidden, Tensor gate, int k) -> (Tensor, Tensor, Tensor)")  # type: ignore[no-untyped-call]  # PyTorch does not say
@@ -71,7 +80,7 @@ def _route(hidden: torch.Tensor, gate: torch.Tensor, k: int) -> tuple[torch.Tens
     _require(gate.dim() == 2 and gate.shape[1] == hidden.shape[1] > 0, "route: gate and hidden differ in width")
     loaded = _typed_library()
     num_experts: int = gate.shape[0]
-    _require(1 <= k <= num_experts <= loaded.mixtral_max_experts(), "route: k or the number of experts is out of range")
+    _require(1 <= k <= num_experts <= max_experts(), "route: k or the number of experts is out of range")
     hidden = hidden.contiguous()
     num_rows, width = hidden.shape
     logits = torch.empty(num_rows, num_experts)

@@ -1,4 +1,4 @@
-"""Text and tokens: the tokenizer, chat templates, incremental detokenising and stop strings.
+"""Text and tokens: the tokenizer, chat formats, detokenising, stop strings, grammars, and calls of functions as text.
 
 Nothing here knows a request, a stream or a model; the API process turns text into ids with it, the engine
 process turns ids into text.

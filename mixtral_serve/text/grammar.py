@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from mixtral_serve.text.errors import GrammarError
 from mixtral_serve.text.grammar_limits import check_schema
@@ -34,14 +34,20 @@ MAX_GRAMMAR_BYTES: Final = 65_536
 """Of a client's regular expression or grammar, and of all choices together."""
 MAX_CHOICES: Final = 1_024
 
+_MAX_GBNF_RULES: Final = 1_024
+"""Translating takes time quadratic in them: half a second for so many."""
 _JSON_OPTIONS: Final = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _NO_LEAD: Final = ""
 _SPACE: Final = '" " '
 _OPTIONAL_SPACE: Final = '(" ")? '
 _LARK_TOKENS: Final = re.compile(
-    r'(?P<hidden>"(?:\\.|[^"\\\n])*"|//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\\n])+/)|(?P<control><)', re.DOTALL
+    r'(?P<hidden>"(?:\\.|[^"\\\n])*+"|//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\\n])++/)|(?P<control><)|(?P<open>["/])', re.DOTALL
 )
-"""Strings, comments and regular expressions of a Lark grammar; what opens the name of a control token outside them."""
+"""Strings, comments and regular expressions of a Lark grammar; what opens the name of a control token outside them; and
+what opens a string or an expression that never closes. Nothing is looked for behind that: doing so at each of many
+would take time quadratic in the grammar, and all of it with the interpreter lock held."""
+_LARK_RULE: Final = re.compile(r"^[^\S\n]*+(?:%llguidance\b|start\s*:)", re.MULTILINE)
+"""What tells Lark from GBNF. The library's own test takes time quadratic in blank lines."""
 
 
 def json_schema_grammar(schema: Mapping[str, Any], *, after_space: bool) -> str:
@@ -92,16 +98,21 @@ def user_grammar(text: str, *, after_space: bool) -> str:
     """Text of the language that ``text`` describes: in Lark's syntax with a rule ``start``, or GBNF with a ``root``.
 
     Raises:
-        GrammarError: it is too long, is not GBNF where it is not Lark, or names a control token.
+        GrammarError: it is too long, is not GBNF where it is not Lark, names a control token, or leaves a string open.
     """
     _check_length(text)
-    if not is_lark_syntax(text):
+    if not _LARK_RULE.search(text):
+        if text.count("::=") > _MAX_GBNF_RULES:
+            raise GrammarError(f"it has more than {_MAX_GBNF_RULES} rules in GBNF")
         try:
             text = gbnf_to_lark(text)
         except Exception:  # noqa: BLE001 - the converter raises bare exceptions, and whatever nesting makes of it
             raise GrammarError("it is neither a Lark grammar with a rule 'start' nor GBNF with a rule 'root'") from None
-    if any(match["control"] for match in _LARK_TOKENS.finditer(text)):
-        raise GrammarError("it names a control token")
+    for match in _LARK_TOKENS.finditer(text):
+        if match["control"]:
+            raise GrammarError("it names a control token")
+        if match["open"]:
+            raise GrammarError("it has a string or a regular expression without an end")
     return _serialised({"lark_grammar": text}, _lead(after_space))
 
 

@@ -26,12 +26,13 @@ PRESENTATION: Final = "You can call these functions: "
 
 def tools_text(tools: Sequence[Mapping[str, object]]) -> str:
     """The definitions as the model reads them. Each is ``{"type": "function", "function": {...}}``."""
-    return PRESENTATION + json.dumps(list(tools), ensure_ascii=False)
+    return PRESENTATION + _json(list(tools))
 
 
 def calls_text(calls: Sequence[FunctionCall]) -> str:
-    """Calls as the model writes them. Arguments that are no JSON appear as a string."""
-    return json.dumps([{"name": call.name, "arguments": _value(call.arguments)} for call in calls], ensure_ascii=False)
+    """Calls as the model writes them. Arguments that are no JSON, or no text, appear as a string."""
+    spelled = [f'{{"name": {_json(call.name)}, "arguments": {_arguments(call.arguments)}}}' for call in calls]
+    return f"[{', '.join(spelled)}]"
 
 
 def result_text(name: str, content: str) -> str:
@@ -60,8 +61,15 @@ def _plain(message: ChatMessage) -> ChatMessage:
     return message
 
 
-def _value(arguments: str) -> object:
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _arguments(arguments: str) -> str:
+    """JSON of a call's arguments. What cannot be spelled anew, lone surrogates for one, is a string as it came."""
     try:
-        return json.loads(arguments or "{}")
+        spelled = _json(json.loads(arguments or "{}"))
+        spelled.encode()
     except (ValueError, RecursionError):
-        return arguments
+        return _json(arguments)
+    return spelled

@@ -268,6 +268,12 @@ PROBES: dict[str, Probe] = {
         edges=[{}, {"format": {"type": "text"}}],
         beyond=[5, {"format": {"type": "x"}}, {"format": {}}, {"x": 1}],
     ),
+    RESPONSES + " text.format": Probe(
+        {"type": "json_object"},
+        lambda seen: "json_schema" in (seen.submit.grammar or ""),
+        edges=[{"type": "text"}, {"type": "json_object"}],
+        beyond=[{}, {"type": "x"}, 5],
+    ),
     RESPONSES + " tools": Probe(
         [FUNCTION],
         lambda seen: seen.submit.grammar is not None,

@@ -19,7 +19,7 @@ import pytest
 from mixtral_serve.kernels import native
 
 NUM_REPEATS: Final = 20
-NUM_NEIGHBOURS: Final = 6
+NUM_NEIGHBOURS: Final = 4
 MODEL: Final = "mixtral-demo"
 HOT: Final = {"model": MODEL, "seed": 11, "temperature": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3}
 PERSON: Final = {
@@ -48,7 +48,7 @@ def said(text: str) -> list[dict[str, str]]:
 ASKED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "chat": (
         "/v1/chat/completions",
-        {**HOT, "messages": said("Tell me a story about a fox."), "n": 2, "max_tokens": 32, "logprobs": True},
+        {**HOT, "messages": said("Tell me a story about a fox."), "n": 2, "max_tokens": 20, "logprobs": True},
     ),
     "completion": (
         "/v1/completions",
@@ -59,17 +59,17 @@ ASKED: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         {
             **HOT,
             "messages": said("Lucy is 34 years old. Answer with a JSON object with the fields name, age."),
-            "max_tokens": 48,
+            "max_tokens": 32,
             "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
         },
     ),
     "tools": (
         "/v1/chat/completions",
-        {**HOT, "messages": said("Hello!"), "tools": [TOOL], "tool_choice": "required", "max_tokens": 64},
+        {**HOT, "messages": said("Hello!"), "tools": [TOOL], "tool_choice": "required", "max_tokens": 40},
     ),
     "response": (
         "/v1/responses",
-        {**HOT, "input": "What is the capital of France?", "max_output_tokens": 24, "metadata": {"a": "b"}},
+        {**HOT, "input": "What is the capital of France?", "max_output_tokens": 16, "metadata": {"a": "b"}},
     ),
 }
 NEW_EACH_TIME: Final = re.compile(
@@ -115,11 +115,11 @@ class Load:
     def _request(self) -> tuple[str, dict[str, Any]]:
         """Half of them begin as an asked request does, so that prefixes are shared."""
         rng = self._rng
-        num_tokens = rng.randint(1, 40)
+        num_tokens = rng.randint(1, 24)
         if rng.random() < 0.5:
             path, asked = rng.choice([ASKED[name] for name in ("chat", "completion", "grammar")])
             return path, asked | {"seed": rng.getrandbits(32), "max_tokens": num_tokens}
-        prompt = [rng.randrange(300, 1500) for _ in range(rng.randint(1, 300))]
+        prompt = [rng.randrange(300, 1500) for _ in range(rng.randint(1, 150))]
         return "/v1/completions", {"model": MODEL, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
 
 
@@ -150,7 +150,7 @@ async def compare(base_url: str) -> Load:
 def test_an_answer_has_the_same_bytes_whatever_else_is_answered(new_server: Callable[..., Any]) -> None:
     """Few seats, small steps and a small cache: prompts are cut, requests wait, and some are preempted."""
     flags = ["--weights", "int8", "--kernels", "native", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
-    with new_server(*flags, "--max-model-len", "512", "--kv-cache-memory-bytes", "2000000") as server:
+    with new_server(*flags, "--max-model-len", "384", "--kv-cache-memory-bytes", "450000") as server:
         load = asyncio.run(compare(server.base_url))
         assert load.num_answered > NUM_REPEATS
         assert load.num_left > NUM_REPEATS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -167,6 +168,49 @@ def test_a_request_that_waits_for_its_grammar_can_be_cancelled(compiled, is_star
         compiler.run_next()
     driver.assert_quiet()
     assert driver.core.wait_s is None
+
+
+def test_a_deadline_strikes_while_its_request_waits_for_its_grammar(compiled) -> None:
+    compiler = OnDemand()
+    driver = compiled(compiler=compiler)
+    driver.submit("late", grammar=YES_OR_NO, deadline_s=5.0)
+    driver.submit("patient", grammar=YES_OR_NO)
+    driver.now = 4.9
+    assert driver.tick() is None
+    driver.now = 5.0
+    driver.tick()
+    assert driver.end("late") == "deadline"
+    assert driver.last_tick.stats.num_waiting == 1
+    compiler.run_next()
+    compiler.run_next()
+    driver.run()
+    assert driver.text("patient") in ("yes", "no")
+
+
+def test_an_id_that_runs_is_not_compiled_for_again_and_can_still_be_cancelled(compiled) -> None:
+    compiler = OnDemand()
+    driver = compiled(compiler=compiler)
+    driver.submit("a", max_tokens=60)
+    driver.tick()
+    driver.submit("a", grammar=YES_OR_NO)
+    assert not compiler.waiting
+    driver.cancel("a")
+    ends = [(delta.finish_reason, delta.refusal) for delta in driver.core.tick().deltas]
+    assert ends == [("error", "DuplicateRequestError"), ("cancelled", None)]
+
+
+def test_closing_leaves_no_thread_behind_and_begins_no_further_grammar(new_driver) -> None:
+    before = set(threading.enumerate())
+    driver = new_driver(SMALL)
+    driver.submit("a", grammar=RECORD, max_tokens=60)
+    while "a" not in driver.deltas or driver.deltas["a"][-1].finish_reason is None:
+        driver.tick()
+    started = set(threading.enumerate()) - before
+    assert started
+    driver.core.close()
+    for thread in started:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_a_shutdown_ends_what_waits_for_its_grammar(compiled) -> None:

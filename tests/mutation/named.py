@@ -237,7 +237,7 @@ PREFIXES = [
     ),
     Mutation(
         "equal prompts are computed side by side",
-        "scheduler.py",
+        "prefix_sharing.py",
         "return self._in_flight.last_shared(self._shareable_hashes(state)[num_cached_blocks:])",
         "return None",
     ),
@@ -286,15 +286,15 @@ PREFIXES = [
     ),
     Mutation(
         "a scored prompt uses the prefix cache",
-        "scheduler.py",
-        "        if state.request.scores_prompt or state.kind is RequestKind.EMBED:\n            return []\n",
-        "        if state.kind is RequestKind.EMBED:\n            return []\n",
+        "prefix_sharing.py",
+        "return not (state.request.scores_prompt or state.kind is RequestKind.EMBED)",
+        "return state.kind is not RequestKind.EMBED",
     ),
     Mutation(
         "an embedding uses the prefix cache",
-        "scheduler.py",
-        "        if state.request.scores_prompt or state.kind is RequestKind.EMBED:\n            return []\n",
-        "        if state.request.scores_prompt:\n            return []\n",
+        "prefix_sharing.py",
+        "return not (state.request.scores_prompt or state.kind is RequestKind.EMBED)",
+        "return not state.request.scores_prompt",
     ),
     Mutation(
         "the cache is reset under running requests",
@@ -429,20 +429,20 @@ ORDER = [
 LIFE = [
     Mutation(
         "deadlines are compared the wrong way",
-        "scheduler.py",
-        "self._deadlines[0][0] <= now",
-        "self._deadlines[0][0] > now",
+        "deadlines.py",
+        "self._heap[0][0] <= now",
+        "self._heap[0][0] > now",
     ),
     Mutation(
         "a deadline strikes only after its moment",
-        "scheduler.py",
-        "self._deadlines[0][0] <= now",
-        "self._deadlines[0][0] < now",
+        "deadlines.py",
+        "self._heap[0][0] <= now",
+        "self._heap[0][0] < now",
     ),
     Mutation(
         "ended requests pile up until their deadlines",
-        "scheduler.py",
-        "        if len(self._deadlines) > 64 + 2 * len(self._states):",
+        "deadlines.py",
+        "        if len(self._heap) > _MIN_KEPT + 2 * num_live:",
         "        if False:",
     ),
     Mutation(
@@ -593,4 +593,79 @@ BOOKS = [
     ),
 ]
 
-NAMED = [*BLOCKS, *PREFIXES, *ORDER, *LIFE, *BOOKS]
+WARM_UPS = [
+    Mutation(
+        "a warm-up ends as if it were complete",
+        "outcome.py",
+        "return FinishReason.STOP if state.kind is RequestKind.EMBED else FinishReason.LENGTH",
+        "return FinishReason.STOP",
+    ),
+    Mutation(
+        "a warm-up ends with the first chunk of its prompt",
+        "outcome.py",
+        "        if state.num_pending_tokens:\n            return None\n",
+        "",
+    ),
+    Mutation(
+        "what ends publishes nothing any more",
+        "scheduler.py",
+        "            if reason is not FinishReason.ERROR:\n                published",
+        "            if reason is None:\n                published",
+    ),
+]
+
+CENSUS = [
+    Mutation(
+        "who came after the last step is told what held up others",
+        "census.py",
+        "return Blocking.NEXT_STEP if state.serial >= first_unseen else blocking",
+        "return blocking",
+    ),
+    Mutation(
+        "who is set aside is told that it queues",
+        "census.py",
+        "    if room.is_set_aside(state):\n        return Blocking.PREFIX\n",
+        "",
+    ),
+    Mutation(
+        "who was handed back is told that the policy holds it up",
+        "scheduler.py",
+        "return Blocking.POLICY if self._room.num_queued else Blocking.NEXT_STEP",
+        "return Blocking.POLICY",
+    ),
+    Mutation(
+        "who lacks a seat is told that it lacks tokens",
+        "scheduler.py",
+        "return Blocking.TOKEN_BUDGET if len(self._running) < self.config.max_num_seqs else Blocking.SEATS",
+        "return Blocking.TOKEN_BUDGET",
+    ),
+    Mutation(
+        "who lacks tokens is told that it lacks a seat",
+        "scheduler.py",
+        "return Blocking.TOKEN_BUDGET if len(self._running) < self.config.max_num_seqs else Blocking.SEATS",
+        "return Blocking.SEATS",
+    ),
+    Mutation("a tenant sees the others' requests", "census.py", "if state.tenant == tenant:", "if True:"),
+    Mutation("a census is as long as the queue", "census.py", "if len(entries) < most:", "if True:"),
+    Mutation(
+        "those that run compute nothing before the others",
+        "census.py",
+        "num_tokens_ahead += state.num_pending_tokens",
+        "num_tokens_ahead += is_waiting * state.num_pending_tokens",
+    ),
+    Mutation("places are told in order of arrival", "census.py", "queued.sort(key=policy.key)", "pass"),
+    Mutation(
+        "a place is told where the policy has no order",
+        "census.py",
+        "        yield state, is_ordered\n",
+        "        yield state, True\n",
+    ),
+    Mutation(
+        "who waits for its grammar is not counted",
+        "census.py",
+        "num_waiting=census.num_waiting + len(own)",
+        "num_waiting=census.num_waiting",
+    ),
+]
+
+NAMED = [*BLOCKS, *PREFIXES, *ORDER, *LIFE, *WARM_UPS, *CENSUS, *BOOKS]

@@ -23,6 +23,7 @@ from mixtral_serve.kernels.registry import KernelsUnavailableError, choose
 from mixtral_serve.model.shape import ModelShape
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
 from mixtral_serve.settings import Settings
+from mixtral_serve.text.grammar_vocabulary import MATCHER_BYTES
 from scheduler.accountant import logprob_bytes, request_bytes
 from scheduler.errors import PlanError
 
@@ -61,6 +62,13 @@ def test_i36_the_largest_request_can_always_be_charged_however_small_the_cap() -
     demands = demands_of(settings, MIXTRAL, max_model_len=32_768, cap_bytes=30 * GB)
     largest = request_bytes(16_384, 16_384, 16) + logprob_bytes(16_384, 16_384, MAX_ALTERNATIVES)
     assert demands.live_requests >= largest
+
+
+def test_every_seat_of_the_default_settings_can_hold_a_constrained_request() -> None:
+    settings = Settings(weights="int8")
+    plan = plan_shape(settings, MIXTRAL, Path("Mixtral"))
+    one = request_bytes(4096, 4096, settings.block_size) + MATCHER_BYTES
+    assert settings.max_num_seqs * one <= plan.requests_budget_bytes
 
 
 @given(st.integers(27 * GB, 200 * GB), st.integers(0, 20 * GB), st.sampled_from(["int4", "int8"]))

@@ -71,6 +71,8 @@ def test_without_a_free_seat_one_waits_for_a_seat(new_world: NewWorld) -> None:
     places = [(entry(world, name).blocking, entry(world, name).num_ahead) for name in ("r2", "r3")]
     assert places == [(Blocking.SEATS, 0), (Blocking.SEATS, 1)]
     assert entry(world, "r3").num_tokens_ahead == 1 + 5, "the next token of the one that runs, and the other's prompt"
+    world.add(make_request("late", prompt(4)))
+    assert entry(world, "late").blocking is Blocking.NEXT_STEP, "no step has looked at it yet"
 
 
 def test_without_blocks_for_its_prompt_one_waits_for_blocks(new_world: NewWorld) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from mixtral_serve.text.grammar import (
     user_grammar,
 )
 from mixtral_serve.text.grammar_limits import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_SCHEMA_VALUES
-from mixtral_serve.text.grammar_vocabulary import Matcher, Vocabulary
+from mixtral_serve.text.grammar_vocabulary import MATCHER_BYTES, Matcher, Vocabulary
 from mixtral_serve.text.tokenizer import Tokenizer
 
 EOS = 2
@@ -316,6 +317,31 @@ def test_no_hostile_grammar_costs_a_second_or_a_hundred_megabytes(mixtral_vocabu
     assert _resident_bytes() - began_bytes < 100 << 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["strings", "terminals"])
+def test_a_matcher_never_holds_more_than_it_is_charged_for(mixtral_vocabulary, sentencepiece_model, kind) -> None:
+    """Many strings or terminals that all stay possible: each state of the lexer holds them all."""
+    if kind == "strings":
+        branches = [{"type": "string", "minLength": i, "maxLength": 100_000 + i} for i in range(200)]
+        grammar, opening = json_schema_grammar({"anyOf": branches}, after_space=False), ['"']
+    else:
+        rules = [f"T{i}: /[a-z]{{{i + 1},{i + 300}}}[a-z]*{chr(97 + i % 26)}/" for i in range(90)]
+        start = "start: (" + "|".join(f"T{i}" for i in range(90)) + ")*"
+        grammar, opening = user_grammar("\n".join([start, *rules]), after_space=False), []
+    pieces = [*opening, *("the", "ing", "er", "all", "with", "ation", "q", "z") * 300]
+    began_bytes, largest = _resident_bytes(), 0
+    matchers = [mixtral_vocabulary.compile(grammar).copy() for _ in range(3)]
+    with pytest.raises(GrammarError, match="too complex"):
+        for piece in pieces:
+            for matcher in matchers:
+                matcher.consume(sentencepiece_model.piece_to_id(piece))
+            for mask in mixtral_vocabulary.fill(matchers):
+                if isinstance(mask, GrammarError):
+                    raise mask
+            largest = max(largest, _resident_bytes() - began_bytes)
+    assert 0 < largest <= len(matchers) * MATCHER_BYTES
+
+
 def _wander(vocabulary: Vocabulary, matcher: Matcher, *, num_tokens: int) -> None:
     """Take the largest allowed token again and again, until the grammar ends or gives up."""
     for _ in range(num_tokens):
@@ -332,3 +358,27 @@ def _wander(vocabulary: Vocabulary, matcher: Matcher, *, num_tokens: int) -> Non
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        'start: "a"\n' + '\\"' * 30_000,
+        'start: "a"\n' + "\\/" * 30_000,
+        "root ::= " + "\n" * 60_000,
+        "a ::= b\n" * 7_000,
+    ],
+    ids=["strings", "expressions", "blank lines", "rules"],
+)
+def test_what_a_grammar_says_is_looked_at_in_time_linear_in_it(hostile: str) -> None:
+    """All of this holds the interpreter lock: a quadratic look would stop the whole process for many seconds."""
+    started_s = time.process_time()
+    with contextlib.suppress(GrammarError):
+        user_grammar(hostile, after_space=True)
+    assert time.process_time() - started_s < 1
+
+
+@pytest.mark.parametrize("text", ['start: "a', "start: /a", 'start: "a" "', 'start: "<s>'])
+def test_a_string_or_expression_without_an_end_is_refused(text: str) -> None:
+    with pytest.raises(GrammarError, match="without an end"):
+        user_grammar(text, after_space=False)

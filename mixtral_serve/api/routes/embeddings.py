@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -47,12 +48,11 @@ def embedding_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
         prompts = [next(encoded) if isinstance(text, str) else text for text in asked.input]
         submits = _submits(prompts, got)
         try:
-            embeddings = await until_disconnect(request.receive, _computed(deps.engine, submits))
+            vectors = await until_disconnect(request.receive, _computed(deps.engine, submits, asked))
         except (PromptTooLong, TokenOutOfRange) as error:
             code = "context_length_exceeded" if isinstance(error, PromptTooLong) else "invalid_value"
             raise InvalidRequest(f"'input': {error}", param="input", code=code) from None
         num_tokens = sum(map(len, prompts))
-        vectors = [_spelled(_normalised(vector, asked.dimensions), asked) for vector in embeddings]
         answer = {
             "object": "list",
             "data": [
@@ -89,13 +89,16 @@ def _submits(prompts: Sequence[array[int]], got: Received[EmbeddingRequest]) -> 
     ]
 
 
-async def _computed(engine: Engine, submits: Sequence[Submit]) -> list[tuple[float, ...]]:
-    """The embeddings of all ``submits``, in their order."""
-    embeddings: list[tuple[float, ...]] = []
+async def _computed(engine: Engine, submits: Sequence[Submit], asked: EmbeddingRequest) -> list[msgspec.Raw]:
+    """The embeddings of all ``submits``, in their order, as JSON. Each is spelled when it comes: two thousand of them as
+    numbers would take hundreds of megabytes, and a second of everybody's time at the end."""
+    embeddings: list[msgspec.Raw] = []
     for first in range(0, len(submits), _AT_ONCE):
         streams = engine.submit(submits[first : first + _AT_ONCE])
         try:
-            embeddings += [await _embedding(stream) for stream in streams]
+            embeddings += [
+                _spelled(_normalised(await _embedding(stream), asked.dimensions), asked) for stream in streams
+            ]
         finally:
             for stream in streams:
                 stream.cancel()
@@ -118,10 +121,10 @@ def _normalised(vector: tuple[float, ...], dimensions: int | None) -> tuple[floa
     return tuple([element / length for element in kept]) if length else kept
 
 
-def _spelled(vector: tuple[float, ...], asked: EmbeddingRequest) -> str | tuple[float, ...]:
+def _spelled(vector: tuple[float, ...], asked: EmbeddingRequest) -> msgspec.Raw:
     if asked.encoding_format == "float":
-        return vector
+        return msgspec.Raw(msgspec.json.encode(vector))
     floats = array("f", vector)
     if sys.byteorder == "big":  # the form is little-endian everywhere
         floats.byteswap()
-    return base64.b64encode(floats.tobytes()).decode()
+    return msgspec.Raw(b'"%b"' % base64.b64encode(floats.tobytes()))

@@ -17,12 +17,12 @@ from mixtral_serve.api.convert import Terms, finish_reason, submits_for
 from mixtral_serve.api.deps import Dependencies
 from mixtral_serve.api.encoding import PromptEncoder
 from mixtral_serve.api.errors import InvalidRequest
-from mixtral_serve.api.intake import Intake, Order
+from mixtral_serve.api.intake import Intake
 from mixtral_serve.api.logprobs import TokenNames
 from mixtral_serve.api.response_format import ResponseFacts, ResponseWriter
-from mixtral_serve.api.response_input import chat_of, in_own_words, untagged
+from mixtral_serve.api.response_input import chat_of, in_own_words
 from mixtral_serve.api.responses import JsonResponse, until_disconnect
-from mixtral_serve.api.schemas.responses import ResponsesRequest, screened_responses
+from mixtral_serve.api.schemas.responses import ResponsesRequest, screened_responses, sent_place
 from mixtral_serve.api.sse import EventStream
 from mixtral_serve.api.structured import GrammarMaker
 from mixtral_serve.api.tools import ToolUse
@@ -36,17 +36,11 @@ _LABELS: Final = ("user", "safety_identifier", "prompt_cache_key")
 def response_routes(deps: Dependencies, encoder: PromptEncoder, grammars: GrammarMaker) -> APIRouter:
     """The responses endpoint."""
     router = APIRouter()
-    intake = Intake(deps, ResponsesRequest, screen=screened_responses)
-
-    async def read(request: Request) -> Order[ResponsesRequest]:
-        try:
-            return await intake.read(request, id_prefix="resp", prompt_param="input")
-        except InvalidRequest as error:
-            raise untagged(error) from None
+    intake = Intake(deps, ResponsesRequest, screen=screened_responses, located=sent_place)
 
     @router.post("/v1/responses")
     async def create_response(request: Request) -> Response:
-        order = await read(request)
+        order = await intake.read(request, id_prefix="resp", prompt_param="input")
         asked = order.request
         chat = chat_of(asked, deps)
         use = ToolUse.of(chat)

@@ -17,6 +17,7 @@ from mixtral_serve.api.conversations import conversation_ids
 from mixtral_serve.api.deps import Dependencies
 from mixtral_serve.api.encoding import PromptEncoder
 from mixtral_serve.api.errors import InvalidRequest
+from mixtral_serve.api.intake import warning_headers
 from mixtral_serve.api.reading import read_fields, received
 from mixtral_serve.api.responses import JsonResponse
 from mixtral_serve.api.schemas.refused import Refused
@@ -39,10 +40,9 @@ _CHAT_ONLY: Final[Mapping[str, Refused]] = {
 def token_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
     """What turns texts into tokens and back."""
     router = APIRouter()
-    table = deps.tokenizer.token_bytes
 
-    def counted(ids: array[int], info: ModelInfo, *, with_texts: bool) -> dict[str, object]:
-        texts = [table[token_id].decode("utf-8", "replace") for token_id in ids] if with_texts else None
+    async def counted(ids: array[int], info: ModelInfo, *, with_texts: bool) -> dict[str, object]:
+        texts = await encoder.pieces(ids) if with_texts else None
         return {"count": len(ids), "max_model_len": limit_for(info), "tokens": list(ids), "token_strs": texts}
 
     async def encoded(request: Request) -> tuple[dict[str, object], dict[str, str]]:
@@ -52,11 +52,12 @@ def token_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
             got = received(read, deps, TokenizeRequest, refused=TOKENIZE_UNSUPPORTED)
             text, add_bos = got.request.prompt, got.request.add_special_tokens
             (ids,) = await encoder.texts([text], got.info, add_bos=add_bos, may_be_too_long=True)
-            return counted(ids, got.info, with_texts=got.request.return_token_strs), got.headers
+            return await counted(ids, got.info, with_texts=got.request.return_token_strs), got.headers
         conversation, read = read.split(CONVERSATION_FIELDS)
         chat = received(read, deps, TokenizeChatRequest, refused=_CHAT_ONLY)
-        ids = await conversation_ids(conversation, deps=deps, encoder=encoder, info=chat.info)
-        return counted(ids, chat.info, with_texts=chat.request.return_token_strs), chat.headers
+        ids, ignored = await conversation_ids(conversation, deps=deps, encoder=encoder, info=chat.info)
+        answer = await counted(ids, chat.info, with_texts=chat.request.return_token_strs)
+        return answer, warning_headers([*chat.ignored, *ignored])
 
     @router.post("/tokenize")
     @router.post("/v1/tokenize")
@@ -80,10 +81,10 @@ def token_routes(deps: Dependencies, encoder: PromptEncoder) -> APIRouter:
     async def apply_template(request: Request) -> Response:
         conversation, read = (await read_fields(request, deps)).split(CONVERSATION_FIELDS)
         got = received(read, deps, TokenizeChatRequest, refused=_CHAT_ONLY)
-        ids = await conversation_ids(conversation, deps=deps, encoder=encoder, info=got.info)
+        ids, ignored = await conversation_ids(conversation, deps=deps, encoder=encoder, info=got.info)
         (text,) = await encoder.decoded([ids], skip_special_tokens=False)
-        answer = counted(ids, got.info, with_texts=got.request.return_token_strs)
-        return JsonResponse({"prompt": text, **answer}, headers=got.headers)
+        answer = await counted(ids, got.info, with_texts=got.request.return_token_strs)
+        return JsonResponse({"prompt": text, **answer}, headers=warning_headers([*got.ignored, *ignored]))
 
     @router.get("/tokenizer_info")
     @router.get("/v1/tokenizer_info")

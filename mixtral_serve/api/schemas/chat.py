@@ -15,7 +15,7 @@ from mixtral_serve.api.schemas.common import INT32_MAX, MAX_LOGPROBS
 from mixtral_serve.api.schemas.messages import Message, check_messages, conversation_of, screened_messages
 from mixtral_serve.api.schemas.refused import CHAT_UNSUPPORTED, MAX_ITEMS, Screen
 from mixtral_serve.api.schemas.structured import StructuredRequest
-from mixtral_serve.api.schemas.tools import MAX_TOOLS, AnyToolChoice, Tool, check_tools, screened_tools
+from mixtral_serve.api.schemas.tools import MAX_TOOLS, AnyToolChoice, Tool, check_tools
 from mixtral_serve.text.conversation import ChatMessage, Rendering
 
 
@@ -133,6 +133,7 @@ def screened_chat(fields: Mapping[str, Any], screen: Screen) -> dict[str, Any]:
     kept = screen.request(fields, CHAT_UNSUPPORTED)
     if "messages" in kept:
         kept["messages"] = screened_messages(kept["messages"], screen)
-    if "tools" in kept:
-        kept["tools"] = screened_tools(kept["tools"])
+    for name, levels in {"tools": 2, "tool_choice": 4}.items():
+        if name in kept:
+            kept[name] = screen.within(kept[name], name, levels=levels)
     return kept

@@ -1,6 +1,6 @@
-"""What chat and completions requests have in common.
+"""What requests for text have in common: chats, completions and responses.
 
-Owns: ``GenerationRequest``, the fields and bounds shared by both endpoints. The docstring of a field is what
+Owns: ``GenerationRequest``, the fields and bounds that they share. The docstring of a field is what
 ``docs/api.md`` says of it.
 
 Rules: ``null`` means absent, for every field; numbers are finite; types are strict (``"1"`` and ``true`` are no
@@ -68,11 +68,11 @@ class StreamOptions(StrictModel):
     include_usage: bool = False
     """A last chunk with the token counts, before ``[DONE]``."""
     continuous_usage_stats: bool = False
-    """With ``include_usage``: the counts so far, over all choices, in every chunk."""
+    """The counts so far, over all choices, in every chunk. Only with ``include_usage``."""
 
 
 class GenerationRequest(StrictModel):
-    """Fields of both endpoints."""
+    """Fields of all endpoints that generate; what one of them has no use for it refuses by name."""
 
     model: str = Field(min_length=1, max_length=256)
     """One of the names that ``GET /v1/models`` lists."""
@@ -89,7 +89,8 @@ class GenerationRequest(StrictModel):
     the context leaves is an error, not cut. 0 samples nothing: the prompt is scored where its log-probabilities are
     asked for, and its keys and values are left in the prefix cache otherwise."""
     min_tokens: int = Field(default=0, ge=0, le=INT32_MAX)
-    """Before so many tokens neither end-of-sequence nor a stop token is sampled, and no stop string counts."""
+    """Before so many tokens neither end-of-sequence nor a stop token is sampled, and no stop string counts. An
+    answer that must match something ends when nothing can follow, however few its tokens."""
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     """Divides the logits. 0 takes the likeliest token."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -133,11 +134,11 @@ class GenerationRequest(StrictModel):
     """The side of the prompt that ``truncate_prompt_tokens`` cuts off."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     """Log-probabilities of the prompt's tokens with so many of the likeliest at each position, in vLLM's form. Not with
-    ``stream``. Prompt tokens times one more than this: 200000 at most in one request."""
+    ``stream``. Prompt tokens times choices times one more than this: 200000 at most in one request."""
     return_token_ids: bool = False
     """``prompt_token_ids`` and ``token_ids``, in vLLM's form."""
     return_tokens_as_token_ids: bool = False
-    """Log-probabilities name tokens as ``token_id:ID``."""
+    """Log-probabilities, where they are asked for, name tokens as ``token_id:ID``."""
     priority: int = Field(default=0, ge=-INT32_MAX, le=INT32_MAX)
     """Lower runs sooner, under a policy that looks at it."""
     cache_salt: str = Field(default="", max_length=128)
@@ -149,7 +150,7 @@ class GenerationRequest(StrictModel):
     prompt_cache_key: Label | None = None
     """A label: checked, without effect. One engine serves all, so there is nothing to route."""
     metadata: dict[Annotated[str, Field(max_length=64)], Label] = Field(default={}, max_length=16)
-    """A label: checked, without effect but that a whole chat answer repeats it."""
+    """A label: checked, without effect. Whole answers of chats and responses repeat it."""
 
     def check_fields(self, *, max_n: int) -> None:
         """Rules that span several fields, or depend on settings.
@@ -161,6 +162,9 @@ class GenerationRequest(StrictModel):
             raise InvalidRequest(f"'n' is at most {max_n}.", param="n", code="integer_above_max_value")
         if self.stream_options is not None and not self.stream:
             raise _contradiction("stream_options", "'stream_options' is only allowed when 'stream' is true.")
+        if self.stream_options is not None and self.stream_options.continuous_usage_stats and not self.wants_usage:
+            param = "stream_options.continuous_usage_stats"
+            raise _contradiction(param, f"'{param}' is only allowed when 'stream_options.include_usage' is true.")
         if self.return_progress and not self.stream:
             raise _contradiction("return_progress", "'return_progress' is only allowed when 'stream' is true.")
         if self.prompt_logprobs is not None and self.stream:

@@ -1,8 +1,8 @@
 """The messages of a conversation: what a client may send, and what the text room gets.
 
-Owns: ``Message``, its screening by role, the rules that span messages, and ``conversation_of``. Content is text, given
-as a string or as text parts (joined by a line break); pictures, audio and files are refused: this server opens
-no address that a request names.
+Owns: ``Message``, ``joined_text``, the screening by role, the rules that span messages, and ``conversation_of``.
+Content is text, given as a string or as text parts (joined by a line break); pictures, audio and files are refused:
+this server opens no address that a request names.
 
 A message of the role "tool" answers a call of an earlier assistant message, by that call's id. Results that stand side
 by side are put into the order of their calls, because the model is shown no ids.
@@ -40,18 +40,23 @@ _BY_ROLE: Final[Mapping[object, Mapping[str, Refused]]] = {
 }
 
 
-def _text(value: object) -> object:
-    """Content as one string: text parts are joined."""
+def joined_text(value: object, *, types: Sequence[str] = ("text",), others: Sequence[str] = ()) -> object:
+    """Content as one string: parts of these ``types`` are joined. They may have the fields ``others``, which are not
+    looked at. What is no list is given back.
+
+    Raises:
+        PydanticCustomError: a part that is no text, or has other fields.
+    """
     if not isinstance(value, list):
         return value
     texts: list[str] = []
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise PydanticCustomError("invalid_type", "A part is an object with a type")
-        if part["type"] != "text":
+        if part["type"] not in types:
             raise PydanticCustomError("unsupported_parameter", "Only text parts are supported")
-        if not isinstance(part.get("text"), str) or len(part) != 2:
-            raise PydanticCustomError("invalid_type", "A text part has a text and nothing else")
+        if not isinstance(part.get("text"), str) or not set(part) <= {"type", "text", *others}:
+            raise PydanticCustomError("invalid_type", "A text part has a text, and no field that is not known")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -76,7 +81,9 @@ class Message(StrictModel):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])] = None
+    content: Annotated[str | None, BeforeValidator(joined_text, json_schema_input_type=str | list[dict[str, str]])] = (
+        None
+    )
     """A string or text parts. Only an assistant message with calls goes without."""
     name: FunctionName | None = None
     """With the role "tool": the function that was called."""
@@ -107,11 +114,8 @@ def _screened(message: object, index: int, screen: Screen) -> object:
         raise InvalidRequest(reason, param=param, code="unsupported_parameter")
     refused = _BY_ROLE.get(role, _OTHERS) if isinstance(role, str) else _OTHERS
     kept = screen.fields(message, refused, path=f"messages[{index}].")
-    if isinstance(kept.get("tool_calls"), list):
-        kept["tool_calls"] = [
-            {key: value for key, value in call.items() if value is not None} if isinstance(call, dict) else call
-            for call in kept["tool_calls"]
-        ]
+    if "tool_calls" in kept:
+        kept["tool_calls"] = screen.within(kept["tool_calls"], f"messages[{index}].tool_calls", levels=2)
     return kept
 
 

@@ -1,7 +1,7 @@
 """Parameters that are documented elsewhere and not implemented here: each is refused by name, with the reason.
 
-Owns: ``Refused``, the tables of both endpoints, and ``Screen``, which drops nulls and answers refused fields before
-a schema looks at the rest.
+Owns: ``Refused``, the tables of chat and completions, and ``Screen``, which drops nulls and answers refused fields
+before a schema looks at the rest.
 
 Rules: ``null`` means absent, for every field. A refused field passes where it asks for what happens anyway
 (``best_of: 1``, ``store: false``). Under ``unknown_fields = "warn"`` the operator has asked for clients to be served
@@ -17,6 +17,7 @@ from typing import Any, Final
 from mixtral_serve.api.errors import InvalidRequest, clean_name
 
 MAX_KEYS: Final = 64
+MAX_INNER_KEYS: Final = 32
 MAX_ITEMS: Final = 1024
 MAX_LOGIT_BIASES: Final = 1024
 _COUNTED: Final = frozenset({"prompt", "input", "tokens"})
@@ -53,7 +54,7 @@ UNSUPPORTED: Final[Mapping[str, Refused]] = {
     "store": Refused("answers are not stored", (False,)),
     "use_beam_search": Refused(_ONE_BEAM, (False,)),
 }
-"""On both endpoints."""
+"""By chat and completions."""
 
 CHAT_UNSUPPORTED: Final[Mapping[str, Refused]] = {
     **UNSUPPORTED,
@@ -104,11 +105,10 @@ class Screen:
         Raises:
             InvalidRequest: a refused field asks for something, or there is far too much of something.
         """
-        if len(fields) > MAX_KEYS:
+        most = MAX_INNER_KEYS if path else MAX_KEYS
+        if len(fields) > most:
             param = path.rstrip(".") or None
-            raise InvalidRequest(
-                f"An object has at most {MAX_KEYS} fields.", param=param, code="array_above_max_length"
-            )
+            raise InvalidRequest(f"An object has at most {most} fields.", param=param, code="array_above_max_length")
         kept: dict[str, Any] = {}
         for name, value in fields.items():
             if value is None:
@@ -128,6 +128,25 @@ class Screen:
                 raise InvalidRequest(message, param=param, code="unsupported_parameter")
         return kept
 
+    def within(self, value: object, path: str, *, levels: int) -> Any:
+        """``value`` of the field ``path`` with its objects screened, ``levels`` of them deep; lists do not count.
+
+        Raises:
+            InvalidRequest: see ``fields``.
+        """
+        if isinstance(value, dict) and levels:
+            kept = self.fields(value, {}, path=path + ".")
+            return {
+                name: self.within(inner, f"{path}.{clean_name(name)}", levels=levels - 1)
+                for name, inner in kept.items()
+            }
+        if isinstance(value, list) and levels:
+            return [
+                self.within(item, f"{path}[{index}]", levels=levels) if isinstance(item, dict) else item
+                for index, item in enumerate(value)
+            ]
+        return value
+
     def request(self, fields: Mapping[str, Any], refused: Mapping[str, Refused]) -> dict[str, Any]:
         """``fields`` of a whole request, its ``stream_options`` included.
 
@@ -138,6 +157,8 @@ class Screen:
         options = kept.get("stream_options")
         if isinstance(options, dict):
             kept["stream_options"] = self.fields(options, STREAM_UNSUPPORTED, path="stream_options.")
+        if "response_format" in kept:
+            kept["response_format"] = self.within(kept["response_format"], "response_format", levels=2)
         return kept
 
 
@@ -150,4 +171,6 @@ def _check_size(param: str, value: object) -> None:
 
 
 def _is_same(value: object, neutral: object) -> bool:
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if inner is not None}
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
 
 from mixtral_serve.api.errors import InvalidRequest
 from mixtral_serve.api.schemas.common import INT32_MAX, MAX_LOGPROBS, GenerationRequest, StrictModel
+from mixtral_serve.api.schemas.messages import joined_text
 from mixtral_serve.api.schemas.refused import MAX_ITEMS, Refused, Screen
 from mixtral_serve.api.schemas.tools import MAX_TOOLS, FunctionName
 
@@ -23,10 +23,13 @@ LOGPROBS: Final = "message.output_text.logprobs"
 _STATELESS: Final = "answers are not stored: send the whole conversation in 'input'"
 
 RESPONSES_UNSUPPORTED: Final[Mapping[str, Refused]] = {
+    "access_programs": Refused("there is one way to be served"),
     "background": Refused("answers are not stored", (False,)),
+    "background_options": Refused("answers are not stored", ({},)),
     "best_of": Refused("there is one answer", (1,)),
     "context_management": Refused("the conversation is taken as it is", ([],)),
     "conversation": Refused(_STATELESS),
+    "image": Refused("messages are text", ({},)),
     "max_completion_tokens": Refused("the field is called 'max_output_tokens' here"),
     "max_tokens": Refused("the field is called 'max_output_tokens' here"),
     "max_tool_calls": Refused("there are no built-in tools"),
@@ -49,12 +52,12 @@ RESPONSES_UNSUPPORTED: Final[Mapping[str, Refused]] = {
     "truncation_side": Refused("what is too long is refused", ("left",)),
 }
 """What is not here, and why."""
-_STREAM_UNSUPPORTED: Final = {
+RESPONSE_STREAM_UNSUPPORTED: Final = {
     "continuous_usage_stats": Refused("counts come with the whole response", (False,)),
     "include_obfuscation": Refused("events are not padded", (False,)),
     "include_usage": Refused("counts come with the whole response", (False, True)),
 }
-_TEXT_UNSUPPORTED: Final = {"verbosity": Refused("ask for it in the input", ("medium",))}
+TEXT_UNSUPPORTED: Final = {"verbosity": Refused("ask for it in the input", ("medium",))}
 _TOOL_UNSUPPORTED: Final = {
     "allowed_callers": Refused("the model calls by itself", (["direct"],)),
     "async": Refused("calls are for the client to make", (False,)),
@@ -70,19 +73,7 @@ _PART_TYPES: Final = ("input_text", "output_text", "text")
 
 
 def _text(value: object) -> object:
-    """Content as one string: text parts are joined."""
-    if not isinstance(value, list):
-        return value
-    texts: list[str] = []
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise PydanticCustomError("invalid_type", "A part is an object with a type")
-        if part["type"] not in _PART_TYPES:
-            raise PydanticCustomError("unsupported_parameter", "Only text parts are supported")
-        if not isinstance(part.get("text"), str) or not set(part) <= {"type", "text", "annotations", "logprobs"}:
-            raise PydanticCustomError("invalid_type", "A text part has a text, and at most annotations and logprobs")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    return joined_text(value, types=_PART_TYPES, others=("annotations", "logprobs"))
 
 
 _Parts = str | list[dict[str, Any]]
@@ -173,6 +164,7 @@ class TextConfig(StrictModel):
     """How the answer is written."""
 
     format: TextFormat | None = None
+    """Plain text, a JSON object, or what a JSON schema describes: ``type``, ``name``, ``schema``."""
 
 
 class ResponsesRequest(GenerationRequest):
@@ -189,7 +181,7 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: int | None = Field(default=None, ge=1, le=INT32_MAX)
     """Most tokens of the answer; by default what the context leaves."""
     text: TextConfig | None = None
-    """``format``: plain text, a JSON object, or what a JSON schema describes."""
+    """What the answer's text looks like."""
     tools: list[FunctionTool] = Field(default=[], max_length=MAX_TOOLS)
     """Functions that the model may call."""
     tool_choice: Any = "auto"
@@ -197,7 +189,7 @@ class ResponsesRequest(GenerationRequest):
     parallel_tool_calls: bool = True
     """An answer may have several calls."""
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """So many of the likeliest tokens at each position. Only with ``include``."""
+    """So many of the likeliest tokens at each position. Only with ``include``; 0 asks for none."""
     include: list[str] = Field(default=[], max_length=16)
     """``message.output_text.logprobs``: log-probabilities of the answer's tokens. Documented names of what this
     server's answers never have are accepted: there is nothing to include."""
@@ -211,7 +203,7 @@ class ResponsesRequest(GenerationRequest):
             if name not in _INCLUDABLE:
                 param = f"include[{index}]"
                 raise InvalidRequest(f"'{param}' is not documented.", param=param, code="invalid_value")
-        if self.top_logprobs is not None and LOGPROBS not in self.include:
+        if self.top_logprobs and LOGPROBS not in self.include:
             message = f"'top_logprobs' needs '{LOGPROBS}' in 'include'."
             raise InvalidRequest(message, param="top_logprobs", code="invalid_value")
 
@@ -244,6 +236,12 @@ _INCLUDABLE: Final = frozenset(
 )
 
 
+def sent_place(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A place in ``ResponsesRequest`` as the client knows it: without the mark that tells kinds of items apart."""
+    is_in_item = location[:1] == ("input",) and len(location) > 2 and isinstance(location[1], int)
+    return location[:2] + location[3:] if is_in_item else location
+
+
 def screened_responses(fields: Mapping[str, Any], screen: Screen) -> dict[str, Any]:
     """A body without nulls and neutral unsupported fields, in all its parts.
 
@@ -251,7 +249,7 @@ def screened_responses(fields: Mapping[str, Any], screen: Screen) -> dict[str, A
         InvalidRequest: an unsupported field.
     """
     kept = screen.fields(fields, RESPONSES_UNSUPPORTED)
-    inner = {"stream_options": _STREAM_UNSUPPORTED, "text": _TEXT_UNSUPPORTED}
+    inner = {"stream_options": RESPONSE_STREAM_UNSUPPORTED, "text": TEXT_UNSUPPORTED}
     for name, refused in inner.items():
         if isinstance(kept.get(name), dict):
             kept[name] = screen.fields(kept[name], refused, path=f"{name}.")

@@ -7,14 +7,13 @@ checks it, so that what is counted is what would be computed.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final
 
 from pydantic import Field, PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
-from mixtral_serve.api.schemas.common import INT32_MAX, StrictModel
+from mixtral_serve.api.schemas.common import StrictModel
+from mixtral_serve.api.schemas.prompts import TOKENS_SCHEMA, Tokens, token_ids
 from mixtral_serve.api.schemas.refused import Refused
 
 CONVERSATION_FIELDS: Final = frozenset(
@@ -28,25 +27,6 @@ TOKENIZE_UNSUPPORTED: Final[Mapping[str, Refused]] = {
     "mm_processor_kwargs": Refused("prompts are text", ({},)),
 }
 """Fields of peers."""
-
-if TYPE_CHECKING:
-    Tokens: TypeAlias = array[int]
-else:
-    Tokens = array  # pydantic looks at it, and arrays take no parameter before Python 3.12
-
-
-def _tokens(value: object) -> Tokens:
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        raise PydanticCustomError("invalid_type", "Tokens are a list of token ids")
-    if value and (min(value) < 0 or max(value) > INT32_MAX):
-        raise PydanticCustomError("invalid_value", "Token ids lie in the vocabulary")
-    return array("i", value)
-
-
-_TOKENS_SCHEMA: Final[dict[str, Any]] = {
-    "type": "array",
-    "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX},
-}
 
 
 class NamedRequest(StrictModel):
@@ -77,5 +57,5 @@ class TokenizeChatRequest(NamedRequest):
 class DetokenizeRequest(NamedRequest):
     """Token ids to be turned into text."""
 
-    tokens: Annotated[Tokens, PlainValidator(_tokens), WithJsonSchema(_TOKENS_SCHEMA)]
+    tokens: Annotated[Tokens, PlainValidator(token_ids), WithJsonSchema(TOKENS_SCHEMA)]
     """The ids."""

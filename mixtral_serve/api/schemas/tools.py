@@ -1,6 +1,6 @@
 """Functions that a request offers to the model: definitions and the choice among them.
 
-Owns: ``Tool``, ``ToolChoice``, and ``screened_tools``. A definition's ``parameters`` are a JSON schema; what of JSON
+Owns: ``Tool``, ``ToolChoice`` and ``check_tools``. A definition's ``parameters`` are a JSON schema; what of JSON
 Schema can be kept is decided where the grammar is made, not here. ``strict`` promises nothing more than any definition
 gets: arguments always validate against the parameters.
 """
@@ -139,23 +139,6 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> None:
         if allowed.function.name not in names:
             path = f"tool_choice.allowed_tools.tools[{index}].function.name"
             raise _invalid(path, "is not the name of a function in 'tools'")
-
-
-def screened_tools(tools: object) -> object:
-    """Definitions without the nulls of their own fields; the parameters stay as they are."""
-    if not isinstance(tools, list):
-        return tools
-    return [_screened(tool) for tool in tools]
-
-
-def _screened(tool: object) -> object:
-    if not isinstance(tool, dict):
-        return tool
-    kept = {key: value for key, value in tool.items() if value is not None}
-    function = kept.get("function")
-    if isinstance(function, dict):
-        kept["function"] = {key: value for key, value in function.items() if value is not None}
-    return kept
 
 
 def _invalid(param: str, reason: str) -> InvalidRequest:
