@@ -24,10 +24,6 @@ class Deadlines:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, RequestState]] = []
 
-    def __len__(self) -> int:
-        """Entries, those of ended requests included."""
-        return len(self._heap)
-
     def add(self, state: RequestState) -> None:
         """A request came; one without a deadline is not remembered."""
         if state.request.deadline_s is not None:

@@ -32,11 +32,7 @@ class PrefixSharing:
     def awaited(self, state: RequestState, num_cached_blocks: int) -> bytes | None:
         """The block hash that the request should wait for behind its cached blocks, if another request is computing
         more of its prefix. Who was preempted does not wait."""
-        if (
-            not self._config.enable_prefix_caching
-            or state.status is RequestStatus.PREEMPTED
-            or not _may_look_up(state)
-        ):
+        if not self._config.enable_prefix_caching or state.status is RequestStatus.PREEMPTED or not _may_look_up(state):
             return None
         return self._in_flight.last_shared(self._shareable_hashes(state)[num_cached_blocks:])
 

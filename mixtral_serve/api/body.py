@@ -76,8 +76,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
         value = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise _diagnosed(body) from None
-    if _NUL.search(body):
-        # Which of the values of a large body has it is not worth the walk.
+    if _NUL.search(body) and _holds_nul(value):
+        # Which of the values of a large body has it is not worth a walk with places.
         _refuse(value if len(body) <= _MAX_DIAGNOSED_BYTES else "\0", _has_nul, "must not contain the character NUL")
     if not isinstance(value, dict):
         raise InvalidRequest("The body is a JSON object.", param=None, code="invalid_type")
@@ -189,18 +189,40 @@ def _location(place: _Place | None) -> Location:
 
 
 def _leaves(value: object) -> Iterator[tuple[_Place | None, object]]:
-    """Keys and scalar values with their places. Iterative: the value may be nested deeply."""
+    """Keys and scalar values with their places, but none of what was merely sent back. Iterative: the value may be nested deeply."""
     pending: list[tuple[_Place | None, object]] = [(None, value)]
     while pending:
         place, item = pending.pop()
         if isinstance(item, dict):
             for key, child in item.items():
                 yield _Place(place, key), key
-                pending.append((_Place(place, key), child))
+                if not _is_sent_back(key, child):
+                    pending.append((_Place(place, key), child))
         elif isinstance(item, list):
             pending.extend((_Place(place, index), child) for index, child in enumerate(item))
         else:
             yield place, item
+
+
+def _holds_nul(value: object) -> bool:
+    """As ``_leaves`` and ``_has_nul``, in a tenth of the time."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            if any("\0" in key for key in item):
+                return True
+            pending += [child for key, child in item.items() if not _is_sent_back(key, child)]
+        elif isinstance(item, list):
+            pending += [child for child in item if not isinstance(child, int | float)]
+        elif _has_nul(item):
+            return True
+    return False
+
+
+def _is_sent_back(key: str, value: object) -> bool:
+    """Log-probabilities of an earlier answer, which nobody looks at: they name tokens, and one token is NUL."""
+    return key == "logprobs" and isinstance(value, list)
 
 
 def _bounded_int(digits: str) -> float:

@@ -31,7 +31,7 @@ from mixtral_serve.model.likeliest import chunked, largest, top
 from mixtral_serve.model.logit_processors import SampleRow, adjust, wishes
 from mixtral_serve.model.logprobs import token_logprobs
 from mixtral_serve.model.token_masks import apply_masks
-from mixtral_serve.model.wide_rows import chunk_maxima, chunk_shares, finite_rows
+from mixtral_serve.model.wide_rows import chunk_maxima, chunk_shares, finite_rows, near_totals
 from scheduler.events import TokenLogprob
 
 NON_FINITE: Final = "the model produced logits that are not finite"
@@ -40,6 +40,8 @@ _NUM_CANDIDATES: Final = 64
 """Most likely tokens that are looked at first; rows that keep more are sorted in full."""
 _DRAW_CHUNK: Final = 256
 """Tokens whose shares are added up before it is decided among which of them to draw."""
+_TOTAL_ERROR: Final = 2e-5
+"""Twice what a total in fp32 may be off; a nucleus that this could change is cut by the exact one."""
 _LEAST_TEMPERATURE: Final = 1e-30
 """A smaller one is not distinguishable from it, and would be 0 in fp32."""
 _MASK_64: Final = (1 << 64) - 1
@@ -144,11 +146,16 @@ def _weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Te
     return (exact - exact.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
 
 
+def _scales(params: Sequence[SamplingParams]) -> torch.Tensor:
+    """[rows], fp32: what logits are multiplied by."""
+    return torch.tensor([1 / max(p.temperature, _LEAST_TEMPERATURE) for p in params])
+
+
 def _draw_plain(logits: torch.Tensor, params: Sequence[SamplingParams], draws: torch.Tensor) -> torch.Tensor:
     """[rows]: tokens drawn from the whole vocabulary: first a chunk of it by its share, then a token of the chunk."""
     padded = chunked(logits, _DRAW_CHUNK)
     peaks = chunk_maxima(padded, _DRAW_CHUNK).amax(dim=-1)
-    scales = torch.tensor([1 / max(p.temperature, _LEAST_TEMPERATURE) for p in params])
+    scales = _scales(params)
     shares = chunk_shares(padded, peaks, scales, _DRAW_CHUNK).double()
     chunk = _invert(shares, draws)
     rows = torch.arange(len(params))
@@ -207,10 +214,7 @@ def _draw_filtered(logits: torch.Tensor, params: Sequence[SamplingParams], draws
     width = min(vocab, max(_NUM_CANDIDATES, *(p.top_k + 1 for p in params)))
     values, columns = top(logits, width)
     weights = _weights(values, params)
-    total = weights.sum(dim=-1, keepdim=True)
-    if width < vocab and any(p.top_p < 1 and not p.top_k for p in params):
-        total = _weights(logits, params).sum(dim=-1, keepdim=True)
-    num_kept = filters.num_kept(weights, total, vocab)
+    num_kept = _num_kept(filters, logits, params, weights)
     # Settled: the cut lies within the candidates, and not between equals (whose order here is arbitrary).
     at_cut = values.gather(1, num_kept.clamp(max=width - 1))
     before_cut = values.gather(1, num_kept.clamp(max=width) - 1)
@@ -223,6 +227,27 @@ def _draw_filtered(logits: torch.Tensor, params: Sequence[SamplingParams], draws
     if rest:
         tokens[rest] = _draw_exactly(logits[rest], [params[i] for i in rest], draws[rest])
     return tokens
+
+
+def _num_kept(
+    filters: _Filters, logits: torch.Tensor, params: Sequence[SamplingParams], ranked: torch.Tensor
+) -> torch.Tensor:
+    """``filters.num_kept`` for the largest weights ``ranked``, with the total of all only where a nucleus needs it."""
+    vocab = logits.shape[1]
+    total = ranked.sum(dim=-1, keepdim=True)
+    if ranked.shape[1] == vocab or not any(p.top_p < 1 and not p.top_k for p in params):
+        return filters.num_kept(ranked, total, vocab)
+    padded = chunked(logits, _DRAW_CHUNK)
+    peaks = chunk_maxima(padded, _DRAW_CHUNK).amax(dim=-1)
+    scales = _scales(params)
+    total = near_totals(padded, peaks, scales, _DRAW_CHUNK).unsqueeze(1)
+    fewest = filters.num_kept(ranked, total * (1 - _TOTAL_ERROR), vocab)
+    most = filters.num_kept(ranked, total * (1 + _TOTAL_ERROR), vocab)
+    unsure = (fewest != most).squeeze(1).nonzero().flatten().tolist()
+    if unsure:
+        total[unsure] = _weights(logits[unsure], [params[i] for i in unsure]).sum(dim=-1, keepdim=True)
+        return filters.num_kept(ranked, total, vocab)
+    return most
 
 
 def _draw_exactly(logits: torch.Tensor, params: Sequence[SamplingParams], draws: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,13 @@ def test_a_large_body_is_not_walked_for_a_nul_that_it_does_not_have(api: Any) ->
     assert (reply.error["param"], reply.error["message"]) == (None, "The body must not contain the character NUL.")
 
 
+def test_log_probabilities_that_name_the_token_nul_can_be_sent_back(api: Any) -> None:
+    part = {"type": "output_text", "text": "x", "annotations": [], "logprobs": [{"token": "\0", "logprob": -1.0}]}
+    item = {"type": "message", "role": "assistant", "content": [part]}
+    assert respond(api, input=[item, {"role": "user", "content": "y"}]).status == 200
+    assert respond(api, input=[item, {"role": "user", "content": "\0"}]).error["param"] == "input[1].content"
+
+
 def test_unknown_fields_of_items_are_dropped_where_the_operator_allows_it(api: Any) -> None:
     lenient = api.with_settings(unknown_fields="warn")
     reply = respond(lenient, input=[{"role": "user", "content": "x", "mood": 1}])

@@ -111,6 +111,26 @@ def test_a_nucleus_wider_than_the_first_look_is_still_exact(params, vocab, tied)
     assert found == [naive_sample(logits[0].tolist(), params, position) for position in range(20)]
 
 
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 3.0])
+def test_a_near_total_never_moves_the_cut_of_a_nucleus(temperature) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(1, 2000, generator=generator) * 6
+    weights = ((logits[0].double() - logits.max()) / temperature).exp()
+    ranked = weights.sort(descending=True)
+    reached = ranked.values.cumsum(0) / weights.sum()
+    for rank in range(1, 20):
+        for nudge, num_kept in ((-1e-9, rank), (1e-9, rank + 1)):  # nearer to the edge than fp32 can tell
+            top_p = float(reached[rank - 1]) + nudge
+            if not 0 < top_p < 1:
+                continue
+            params = SamplingParams(temperature=temperature, top_p=top_p)
+            counts = draw_many(logits[0].tolist(), params, 40)
+            assert set(counts) <= set(ranked.indices[:num_kept].tolist())
+            rows = [SampleRow(params, position) for position in range(3)]
+            found = [result.token_id for result in sample(logits.expand(3, -1), rows)]
+            assert found == [naive_sample(logits[0].tolist(), params, position) for position in range(3)]
+
+
 @pytest.mark.parametrize(
     "params",
     [

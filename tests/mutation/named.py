@@ -421,7 +421,8 @@ ORDER = [
     Mutation(
         "one round sets aside the whole queue",
         "scheduler.py",
-        "                if num_set_aside == self.config.max_num_seqs:\n                    return Blocking.NEXT_STEP\n",
+        "                if num_set_aside == self.config.max_num_seqs:\n"
+        "                    return Blocking.NEXT_STEP\n",
         "",
     ),
 ]

@@ -90,8 +90,8 @@ def _submits(prompts: Sequence[array[int]], got: Received[EmbeddingRequest]) -> 
 
 
 async def _computed(engine: Engine, submits: Sequence[Submit], asked: EmbeddingRequest) -> list[msgspec.Raw]:
-    """The embeddings of all ``submits``, in their order, as JSON. Each is spelled when it comes: two thousand of them as
-    numbers would take hundreds of megabytes, and a second of everybody's time at the end."""
+    """The embeddings of all ``submits``, in their order, as JSON. Each is spelled when it comes: two thousand of them
+    as numbers would take hundreds of megabytes, and a second of everybody's time at the end."""
     embeddings: list[msgspec.Raw] = []
     for first in range(0, len(submits), _AT_ONCE):
         streams = engine.submit(submits[first : first + _AT_ONCE])
