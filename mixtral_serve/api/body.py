@@ -189,7 +189,10 @@ def _location(place: _Place | None) -> Location:
 
 
 def _leaves(value: object) -> Iterator[tuple[_Place | None, object]]:
-    """Keys and scalar values with their places, but none of what was merely sent back. Iterative: the value may be nested deeply."""
+    """Keys and scalar values with their places, but none of what was merely sent back.
+
+    Iterative: the value may be nested deeply.
+    """
     pending: list[tuple[_Place | None, object]] = [(None, value)]
     while pending:
         place, item = pending.pop()
