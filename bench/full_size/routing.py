@@ -6,12 +6,14 @@ a batch of any size can be expected to touch. It counts in steps that are not ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from mixtral_serve.model.native_layer import NativeDecoderLayer, RoutingListener
 from mixtral_serve.model.quantized import PackedExperts
 
 
@@ -48,7 +50,7 @@ class ExpertCounter:
     """Counts the choices of rows while ``listening``."""
 
     def __init__(self, model: nn.Module, num_experts: int) -> None:
-        self._modules = [module for module in model.modules() if isinstance(module, PackedExperts)]
+        self._modules = [module for module in model.modules() if isinstance(module, PackedExperts | NativeDecoderLayer)]
         assert self._modules, "the model has packed experts"
         self._num_experts = num_experts
         self._totals = torch.zeros(len(self._modules), num_experts, dtype=torch.int64)
@@ -59,15 +61,10 @@ class ExpertCounter:
     def listening(self) -> Iterator[None]:
         """Count inside of the block."""
         self._touched = []
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs, layer=layer: self._count(layer, inputs))
-            for layer, module in enumerate(self._modules)
-        ]
-        try:
+        with ExitStack() as stack:
+            for layer, module in enumerate(self._modules):
+                stack.callback(_listen(module, functools.partial(self._count, layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @property
     def touched(self) -> float:
@@ -79,9 +76,17 @@ class ExpertCounter:
         assert self._num_rows, "something was counted"
         return Popularity((self._totals / self._num_rows).tolist())
 
-    def _count(self, layer: int, inputs: Sequence[torch.Tensor]) -> None:
-        chosen = torch.bincount(inputs[1].reshape(-1), minlength=self._num_experts)
+    def _count(self, layer: int, ids: torch.Tensor) -> None:
+        chosen = torch.bincount(ids.reshape(-1), minlength=self._num_experts)
         self._totals[layer] += chosen
         self._touched.append(int((chosen > 0).sum()))
         if layer == 0:
-            self._num_rows += inputs[1].shape[0]
+            self._num_rows += ids.shape[0]
+
+
+def _listen(module: PackedExperts | NativeDecoderLayer, listener: RoutingListener) -> Callable[[], object]:
+    """Hand each step's expert ids [rows, k] to ``listener``; returns what ends it."""
+    if isinstance(module, PackedExperts):
+        return module.register_forward_pre_hook(lambda _, inputs: listener(inputs[1])).remove
+    module.routing_listener = listener
+    return functools.partial(setattr, module, "routing_listener", None)

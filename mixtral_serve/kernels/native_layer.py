@@ -59,7 +59,7 @@ class _LayerCall(ctypes.Structure):
     _fields_ = (
         ("weights", ctypes.POINTER(_LayerWeights)),
         ("attention", ctypes.POINTER(AttentionCall)),
-        *((name, ctypes.c_void_p) for name in ("hidden", "cosine", "sine", "out", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "cosine", "sine", "out", "chosen", "scratch")),
         *((name, ctypes.c_int64) for name in ("pass_rows", "num_threads")),
     )
 
@@ -96,6 +96,7 @@ class NativeLayer:
         self._held = (dict(dense), dict(packed))  # addresses do not keep a tensor alive
         self._query_size, self._key_size = packed["q"].num_rows, packed["k"].num_rows
         self._hidden_size = packed["q"].num_cols
+        self.num_chosen: Final = num_chosen
         self._kernels = _kernels()
         matrices = {name: PackedWeights(m.quants.data_ptr(), m.scales.data_ptr()) for name, m in packed.items()}
         self._weights = _LayerWeights(
@@ -110,7 +111,13 @@ class NativeLayer:
         )
 
     def run(
-        self, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, attention: AttentionCall
+        self,
+        hidden: torch.Tensor,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        *,
+        attention: AttentionCall,
+        chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Store the rows' keys and values, and compute the layer.
 
@@ -119,6 +126,7 @@ class NativeLayer:
             cosine: fp32 [rows, head_dim], of each row's position.
             sine: likewise.
             attention: from ``native_attention.attention_call``, for so many rows.
+            chosen: int64 [rows, experts per row], dense; where given, each row's experts are written there.
 
         Returns:
             fp32 [rows, hidden].
@@ -133,11 +141,16 @@ class NativeLayer:
         heads = attention.num_query_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
         if heads != (self._query_size, self._key_size):
             raise KernelArgumentError("the step is for other heads than the layer has")
+        if chosen is not None:
+            fits = chosen.dtype is torch.int64 and chosen.shape == (rows, self.num_chosen) and chosen.is_contiguous()
+            if not fits:
+                raise KernelArgumentError(f"chosen must be dense int64 {[rows, self.num_chosen]}")
         out = torch.empty_like(hidden)
         call = _LayerCall(
             ctypes.pointer(self._weights),
             ctypes.pointer(attention),
             *(tensor.data_ptr() for tensor in (hidden, cosine, sine, out)),
+            chosen=None if chosen is None else chosen.data_ptr(),
             pass_rows=PASS_ROWS,
             num_threads=torch.get_num_threads(),
         )

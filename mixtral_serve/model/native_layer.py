@@ -9,6 +9,7 @@ Invariant: a fused layer has the bits of the modules that it was made of.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from mixtral_serve.kernels.backend import Backend
 from mixtral_serve.kernels.native_layer import NativeLayer
 from mixtral_serve.model.native_attention import NativeStep
 from mixtral_serve.model.quantized import PROJECTIONS, compute_with
+
+RoutingListener = Callable[[torch.Tensor], None]
+"""Called once a step with the experts of every row, int64 [rows, experts per row]."""
 
 
 class NativeDecoderLayer(nn.Module):
@@ -37,6 +41,7 @@ class NativeDecoderLayer(nn.Module):
         attention, mlp = whole.self_attn, whole.mlp
         assert whole.input_layernorm.eps == whole.post_attention_layernorm.eps
         self._index = index
+        self.routing_listener: RoutingListener | None = None
         self._layer = NativeLayer(
             {
                 "attention_norm": whole.input_layernorm.weight.data,
@@ -57,8 +62,13 @@ class NativeDecoderLayer(nn.Module):
         **_: object,
     ) -> torch.Tensor:
         """[1, rows, hidden] -> [1, rows, hidden], fp32; cosines and sines are [1, rows, head_dim]."""
-        cosine, sine = position_embeddings
-        return self._layer.run(hidden_states[0], cosine[0], sine[0], step.call_for(self._index)).unsqueeze(0)
+        rows, cosine, sine = (tensor[0] for tensor in (hidden_states, *position_embeddings))
+        listener = self.routing_listener
+        chosen = None if listener is None else torch.empty(rows.shape[0], self._layer.num_chosen, dtype=torch.int64)
+        out = self._layer.run(rows, cosine, sine, attention=step.call_for(self._index), chosen=chosen)
+        if listener is not None and chosen is not None:
+            listener(chosen)
+        return out.unsqueeze(0)
 
 
 def hand_over(model: MixtralForCausalLM, backend: Backend) -> None:

@@ -91,6 +91,23 @@ def test_whole_layers_have_the_bits_of_their_modules(
         assert row.isfinite().all()
 
 
+def test_a_listener_hears_each_rows_experts_and_changes_no_bit(tiny_shape: ModelShape, rows_of) -> None:
+    shape = replace(tiny_shape, max_model_len=1024)
+    model = filled(shape, "int4", seed=5)
+    hand_over(model, NativeBackend())
+    expected = rows_of(model, shape, "int4", "bf16", 2 * PASS_ROWS)
+    heard: list[torch.Tensor] = []
+    model.model.layers[0].routing_listener = heard.append
+    found = rows_of(model, shape, "int4", "bf16", 2 * PASS_ROWS)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert {ids.shape[1] for ids in heard} == {shape.num_experts_per_token}
+    assert sum(ids.shape[0] for ids in heard) == PASS_ROWS + 37 + 40 + 3 + 1 + 4 * 3
+    for ids in heard:
+        assert int(ids.min()) >= 0
+        assert int(ids.max()) < shape.num_experts
+        assert bool((ids[:, 0] != ids[:, 1]).all())
+
+
 @pytest.fixture
 def parts(tiny_shape: ModelShape):
     """What a layer is made of."""

@@ -37,6 +37,7 @@ struct LayerCall {
   const float* cosine;             // [num_rows, head_dim]
   const float* sine;               // [num_rows, head_dim]
   float* out;                      // [num_rows, hidden]
+  int64_t* chosen;                 // [num_rows, num_chosen]: each row's experts; null where nobody asks
   void* scratch;
   int64_t pass_rows;  // of products: rows worked on at a time
   int64_t num_threads;
@@ -62,6 +63,7 @@ class Layer {
     chosen_ = scratch.take<int64_t>(num_rows_ * weights_.num_chosen);
     products_ = scratch.take<char>(products_bytes());
     end_ = scratch.take<char>(0);
+    if (call.chosen) chosen_ = call.chosen;
   }
 
   int64_t scratch_bytes() const { return end_ - static_cast<char*>(nullptr); }
