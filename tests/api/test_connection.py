@@ -99,6 +99,7 @@ def test_row20_a_body_over_the_limit_stops_at_the_limit(api: Any, run: Any, loop
     api.assert_alive()
 
 
+@pytest.mark.slow
 def test_row22_a_body_in_chunks_of_one_byte_holds_up_nobody(api: Any, run: Any, loopback: Any) -> None:
     chunks = [f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode(), *[b"1\r\nx\r\n" * 10_000] * 10]
     small = api.with_settings(max_body_bytes=99_999)

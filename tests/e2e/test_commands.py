@@ -66,6 +66,7 @@ def test_doctor_finds_nothing_wrong_with_the_demo() -> None:
     assert "memory plan" in finished.stdout
 
 
+@pytest.mark.slow
 def test_doctor_fails_where_serving_would() -> None:
     finished = run("doctor", "--model", "/nonexistent")
     assert finished.returncode == 78
@@ -87,6 +88,7 @@ def test_a_bad_setting_is_named(arguments: list[str], variables: dict[str, str],
     assert_one_line(finished, name)
 
 
+@pytest.mark.slow
 def test_an_unknown_key_of_the_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('model = "demo"\nno_such_key = 1\n')
@@ -95,12 +97,14 @@ def test_an_unknown_key_of_the_file_is_named(tmp_path: Path) -> None:
     assert_one_line(finished, "no_such_key", str(file))
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_is_not_there() -> None:
     finished = run("serve", "--port", "0", "--chat-template", "/nonexistent.jinja")
     assert finished.returncode == 78
     assert_one_line(finished, "/nonexistent.jinja")
 
 
+@pytest.mark.slow
 def test_row54_a_model_that_is_not_there() -> None:
     finished = run("serve", "--port", "0", "--model", "/nonexistent")
     assert finished.returncode == 78
@@ -108,6 +112,7 @@ def test_row54_a_model_that_is_not_there() -> None:
     assert_one_line(finished, "/nonexistent")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_row56_a_missing_file_is_named(name: str, checkpoint: Path) -> None:
     (checkpoint / name).unlink()
@@ -125,6 +130,7 @@ def test_row54_truncated_weights_are_named(checkpoint: Path) -> None:
     assert_one_line(finished, "model.safetensors")
 
 
+@pytest.mark.slow
 def test_row49_a_plan_over_the_cap_is_refused_with_numbers() -> None:
     finished = run("serve", "--port", "0", "--memory-cap-bytes", "1000000000")
     assert finished.returncode == 78
@@ -133,6 +139,7 @@ def test_row49_a_plan_over_the_cap_is_refused_with_numbers() -> None:
     assert "cap" in finished.stderr
 
 
+@pytest.mark.slow
 def test_an_address_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -343,6 +343,7 @@ def test_row58_a_second_stop_without_patience_ends_the_drain_at_once(run, new_cl
     run(story())
 
 
+@pytest.mark.slow
 def test_row58_an_engine_that_hangs_is_killed_on_the_way_out(run, new_client, submit_of, until):
     async def story() -> None:
         dog = Watchdog(stalled_after_s=0.2, period_s=0.05)
