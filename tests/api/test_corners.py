@@ -55,7 +55,7 @@ def test_tools_that_no_template_can_walk_are_refused(api: Any, tmp_path: Any) ->
     write_tiny_tokenizer(tmp_path, chat_template=KNOWS_TOOLS)
     api = api.with_deps(chat_template=load_chat_template(tmp_path, api.deps.tokenizer))
     body = {"messages": [{"role": "user", "content": "x"}]}
-    for levels, status in ((30, 200), (450, 400)):
+    for levels, status in ((30, 200), (300, 400)):
         tool = {"type": "function", "function": {"name": "f", "parameters": nested(levels)}}
         reply = api.call("POST", "/tokenize", body | {"tools": [tool]})
         assert reply.status == status
