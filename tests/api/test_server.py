@@ -23,6 +23,8 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "st
 SLOW = {"never_ends": True, "step_s": 0.02}
 BRIEF = {"output": "x" * 60, "step_s": 0.02}
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Running:

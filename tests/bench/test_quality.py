@@ -37,6 +37,7 @@ def fp32_perplexity() -> float:
     return perplexity(Engine(Numerics()).score, held_out_chats(12))
 
 
+@pytest.mark.slow
 @packed
 def test_perplexity_stays_within_the_bound_of_its_weights(numerics: Numerics, fp32_perplexity: float) -> None:
     found = perplexity(Engine(numerics).score, held_out_chats(12))

@@ -200,6 +200,7 @@ def check_random_models(seeds: range, num_ways: int, directory: Path, check_law:
     assert total.num_hit_tokens > 0, "no prefix was found: the prompts share too little"
 
 
+@pytest.mark.slow
 def test_rows_of_three_random_models_keep_their_bits_in_any_schedule(tmp_path, check_law) -> None:
     check_random_models(range(3), 8, tmp_path, check_law)
 
