@@ -115,11 +115,12 @@ class Load:
     def _request(self) -> tuple[str, dict[str, Any]]:
         """Half of them begin as an asked request does, so that prefixes are shared."""
         rng = self._rng
-        num_tokens = rng.randint(1, 24)
         if rng.random() < 0.5:
             path, asked = rng.choice([ASKED[name] for name in ("chat", "completion", "grammar")])
-            return path, asked | {"seed": rng.getrandbits(32), "max_tokens": num_tokens}
+            return path, asked | {"seed": rng.getrandbits(32), "max_tokens": rng.randint(1, 24)}
         prompt = [rng.randrange(300, 1500) for _ in range(rng.randint(1, 150))]
+        # Long answers of some fill the cache while they run: that is when others are preempted.
+        num_tokens = rng.choice((rng.randint(1, 24), 160))
         return "/v1/completions", {"model": MODEL, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
 
 
