@@ -58,6 +58,7 @@ def choose(
     *,
     dims: tuple[int, int] = (4096, 4096),
     backends: Mapping[BackendName, Callable[[], Backend]] = BACKENDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Backend:
     """The backend for weights of ``kind``.
 
@@ -66,6 +67,7 @@ def choose(
         asked: a backend, or ``auto``.
         dims: outputs and inputs of a typical matrix of the model; measured is one of at most 32 M weights.
         backends: what there is to choose from.
+        clock: seconds, for the measurement.
 
     Raises:
         KernelsUnavailableError: what was asked for, or everything that could be, is missing something.
@@ -93,13 +95,13 @@ def choose(
         others = "".join(f"; {name} cannot: {reason}" for name, reason in reasons.items() if name == PREFERENCE[0])
         _log.info("kernels: %s, the only one for %s weights here%s", able[0].name, kind, others)
         return able[0]
-    return _fastest(able, kind, dims)
+    return _fastest(able, kind, dims, clock)
 
 
-def _fastest(able: list[Backend], kind: Kind, dims: tuple[int, int]) -> Backend:
+def _fastest(able: list[Backend], kind: Kind, dims: tuple[int, int], clock: Callable[[], float]) -> Backend:
     """Measure, log and decide."""
     matrix = _sample(kind, dims)
-    times_s = measure([backend.linear(matrix) for backend in able], matrix.num_cols)
+    times_s = measure([backend.linear(matrix) for backend in able], matrix.num_cols, clock)
     chosen, best_s = able[0], math.sqrt(math.prod(times_s[0]))
     for backend, each_s in zip(able[1:], times_s[1:], strict=True):
         if math.sqrt(math.prod(each_s)) * CLEARLY_FASTER < best_s:
@@ -118,21 +120,21 @@ def _fastest(able: list[Backend], kind: Kind, dims: tuple[int, int]) -> Backend:
     return chosen
 
 
-def measure(operations: Sequence[LinearOp], num_cols: int) -> list[tuple[float, float]]:
+def measure(operations: Sequence[LinearOp], num_cols: int, clock: Callable[[], float]) -> list[tuple[float, float]]:
     """Seconds of each product with 1 and with 16 rows: the least of several calls.
 
     They take turns, so that whatever else the machine is busy with slows all of them alike.
     """
     one, sixteen = (torch.ones(num_rows, num_cols) for num_rows in _NUM_ROWS)
     least_s = [[math.inf, math.inf] for _ in operations]
-    ends_s = time.monotonic() + _BUDGET_S
+    ends_s = clock() + _BUDGET_S
     num_rounds = 0
-    while num_rounds < _LEAST_ROUNDS or (num_rounds < _MOST_ROUNDS and time.monotonic() < ends_s):
+    while num_rounds < _LEAST_ROUNDS or (num_rounds < _MOST_ROUNDS and clock() < ends_s):
         for multiply, times_s in zip(operations, least_s, strict=True):
             for index, x in enumerate((one, sixteen)):
-                started_s = time.perf_counter()
+                started_s = clock()
                 multiply(x)
-                times_s[index] = min(times_s[index], time.perf_counter() - started_s)
+                times_s[index] = min(times_s[index], clock() - started_s)
         num_rounds += 1
     return [(times_s[0], times_s[1]) for times_s in least_s]
 

@@ -49,28 +49,44 @@ def test_where_several_can_they_are_measured_and_one_line_says_so(caplog) -> Non
     assert ", torch " in line
 
 
+class Clock:
+    """Seconds that pass only where somebody lets them."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def lasting(clock: Clock, seconds: float) -> LinearOp:
+    """A product that takes so long, and ten times as long in the first call."""
+    calls = iter([10.0])
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        clock.now_s += seconds * x.shape[0] * next(calls, 1.0)
+        return x
+
+    return multiply
+
+
 class FakeBackend:
-    """As fast as ``num_products`` say, or missing something."""
+    """As fast as is said, or missing something."""
 
     is_row_invariant = False
 
-    def __init__(self, name: BackendName, num_products: int = 0, missing: str | None = None) -> None:
+    def __init__(
+        self, name: BackendName, *, clock: Clock | None = None, seconds: float = 0.0, missing: str | None = None
+    ) -> None:
         self.name = name
-        self._num_products = num_products
+        self._clock, self._seconds = clock or Clock(), seconds
         self._missing = missing
 
     def missing(self, _: Kind) -> str | None:
         return self._missing
 
     def linear(self, _: PackedMatrix) -> LinearOp:
-        heavy = torch.ones(400, 400)
-
-        def multiply(x: torch.Tensor) -> torch.Tensor:
-            for _ in range(self._num_products):
-                heavy @ heavy
-            return x
-
-        return multiply
+        return lasting(self._clock, self._seconds)
 
     def experts(self, *_: PackedMatrix) -> ExpertsOp:
         raise AssertionError("nobody measures experts")
@@ -94,10 +110,13 @@ def test_where_nothing_can_the_refusal_says_what_the_best_backend_misses() -> No
         choose("int4", backends=backends)
 
 
-@pytest.mark.parametrize(("native_products", "taken"), [(2, "native"), (4, "native"), (40, "torch")])
-def test_the_native_kernels_stay_unless_another_is_clearly_faster(native_products: int, taken: str) -> None:
-    backends = among(FakeBackend("native", native_products), FakeBackend("torch", 4))
-    assert choose("int8", dims=SMALL, backends=backends).name == taken
+@pytest.mark.parametrize(("native_s", "taken"), [(0.0005, "native"), (0.00114, "native"), (0.00116, "torch")])
+def test_the_native_kernels_stay_unless_another_is_clearly_faster(native_s: float, taken: str) -> None:
+    clock = Clock()
+    backends = among(
+        FakeBackend("native", clock=clock, seconds=native_s), FakeBackend("torch", clock=clock, seconds=0.001)
+    )
+    assert choose("int8", dims=SMALL, backends=backends, clock=clock).name == taken
 
 
 @has_native
@@ -107,20 +126,16 @@ def test_int4_is_computed_with_the_native_kernels(caplog) -> None:
     assert [record.message for record in caplog.records] == ["kernels: native, the only one for int4 weights here"]
 
 
-def test_operations_are_measured_in_turns_and_the_slower_one_is_seen() -> None:
-    heavy = torch.ones(600, 600)
+def test_of_each_product_the_least_time_counts_and_the_first_call_does_not() -> None:
+    clock = Clock()
+    operations = [lasting(clock, 0.001), lasting(clock, 0.002)]
+    assert measure(operations, 8, clock) == [pytest.approx((0.001, 0.016)), pytest.approx((0.002, 0.032))]
 
-    def quick(x: torch.Tensor) -> torch.Tensor:
-        return x
 
-    def slow(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(4):
-            heavy @ heavy
-        return x
-
-    quick_s, slow_s = measure([quick, slow], 8)
-    assert quick_s[0] < slow_s[0]
-    assert quick_s[1] < slow_s[1]
+def test_a_slow_machine_is_measured_twice_and_not_longer() -> None:
+    clock = Clock()
+    measure([lasting(clock, 1.0)], 8, clock)
+    assert clock.now_s == pytest.approx((1 + 16) * 2 + 9 * 1)
 
 
 @has_native
