@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(spec.origin)
     except OSError as error:
         raise NativeUnavailableError(f"the compiled kernels cannot be loaded: {error}") from None
-    loaded.mixtral_set_runtime.argtypes = [ctypes.c_void_p] * 3
+    loaded.mixtral_set_runtime.argtypes = [ctypes.c_void_p] * 2
     loaded.mixtral_set_runtime.restype = None
     loaded.mixtral_set_runtime(*_openmp_of_torch())
     return loaded
@@ -81,12 +81,12 @@ def limited_to(isa: Isa) -> Iterator[None]:
         library().mixtral_limit_isa(-1)
 
 
-def _openmp_of_torch() -> tuple[int | None, int | None, int | None]:
-    """Addresses of GOMP_parallel, omp_get_num_threads and omp_get_thread_num in the runtime PyTorch is linked to."""
+def _openmp_of_torch() -> tuple[int | None, int | None]:
+    """Addresses of GOMP_parallel and omp_get_thread_num in the runtime PyTorch is linked to."""
     linked = ctypes.CDLL(torch._C.__file__)  # a symbol is looked up in all that it depends on, too
-    names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+    names = ("GOMP_parallel", "omp_get_thread_num")
     try:
         found = [ctypes.cast(getattr(linked, name), ctypes.c_void_p).value for name in names]
     except AttributeError:
-        return None, None, None
-    return found[0], found[1], found[2]
+        return None, None
+    return found[0], found[1]

@@ -7,9 +7,9 @@
 namespace mixtral {
 namespace {
 
-Runtime g_runtime = {nullptr, nullptr, nullptr};
+Runtime g_runtime = {nullptr, nullptr};
 
-// About 20 microseconds: longer than the threads of one phase usually lie apart, shorter than a futex round trip hurts.
+// About 20 microseconds: longer than the last tasks of a phase usually lie apart, shorter than a futex round trip hurts.
 constexpr int kSpins = 2000;
 
 inline void relax() {
@@ -39,28 +39,25 @@ void enter(void* data) {
 
 void set_runtime(const Runtime& runtime) { g_runtime = runtime; }
 
-void Barrier::wait(int num_threads) {
-  if (num_threads == 1) return;
-  const uint32_t phase = phase_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(num_threads)) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) != 0) futex(&phase_, FUTEX_WAKE_PRIVATE, INT32_MAX);
-    return;
-  }
+void Phase::finish(int64_t count, int64_t num_tasks) {
+  const uint32_t done = done_.fetch_add(static_cast<uint32_t>(count), std::memory_order_seq_cst);
+  if (done + count != num_tasks || sleepers_.load(std::memory_order_seq_cst) == 0) return;
+  futex(&done_, FUTEX_WAKE_PRIVATE, INT32_MAX);
+}
+
+void Phase::wait(int64_t num_tasks) {
+  const uint32_t all = static_cast<uint32_t>(num_tasks);
   for (int spin = 0; spin < kSpins; ++spin) {
-    if (phase_.load(std::memory_order_acquire) != phase) return;
+    if (done_.load(std::memory_order_acquire) == all) return;
     relax();
   }
+  // Whoever finishes the last task either sees a sleeper and wakes it, or finished before it looked once more.
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
-  while (phase_.load(std::memory_order_seq_cst) == phase) futex(&phase_, FUTEX_WAIT_PRIVATE, phase);
+  for (uint32_t done; (done = done_.load(std::memory_order_seq_cst)) != all;) futex(&done_, FUTEX_WAIT_PRIVATE, done);
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-// A runtime may give fewer threads than were asked for: the team is as large as it says it is.
-int Team::size() const { return g_runtime.num_threads ? g_runtime.num_threads() : 1; }
 int Team::rank() const { return g_runtime.thread_num ? g_runtime.thread_num() : 0; }
-void Team::barrier() { barrier_.wait(size()); }
 
 void run_region(int num_threads, void (*body)(void*, Team&), void* data) {
   Region region{body, data, {}};
@@ -73,11 +70,9 @@ void run_region(int num_threads, void (*body)(void*, Team&), void* data) {
 
 }  // namespace mixtral
 
-extern "C" __attribute__((visibility("default"))) void mixtral_set_runtime(void* parallel, void* num_threads,
-                                                                           void* thread_num) {
+extern "C" __attribute__((visibility("default"))) void mixtral_set_runtime(void* parallel, void* thread_num) {
   mixtral::Runtime runtime;
   runtime.parallel = reinterpret_cast<decltype(runtime.parallel)>(parallel);
-  runtime.num_threads = reinterpret_cast<decltype(runtime.num_threads)>(num_threads);
   runtime.thread_num = reinterpret_cast<decltype(runtime.thread_num)>(thread_num);
   mixtral::set_runtime(runtime);
 }

@@ -13,50 +13,65 @@
 
 namespace mixtral {
 
-// The three entry points of the OpenMP runtime (GOMP's interface, which LLVM's and Intel's runtimes offer as well).
+// The two entry points of the OpenMP runtime (GOMP's interface, which LLVM's and Intel's runtimes offer as well).
 struct Runtime {
   void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
-  int (*num_threads)();
   int (*thread_num)();
 };
 
 void set_runtime(const Runtime& runtime);
 
-// A barrier for a team of known size: spins briefly, since phases are short, then sleeps, since a spinning thread may
-// hold the core of the one it waits for.
-class Barrier {
+// Hands out the tasks of one phase and knows when all of them are done.
+//
+// Who has nothing left to do waits for work that somebody began, never for a thread: one that is still being woken may
+// miss a phase. (With a barrier instead, a product of a millisecond lost a twentieth of its time before it began.)
+class Phase {
  public:
-  void wait(int num_threads);
+  // Tasks that nobody has taken yet: the first of `run`.
+  int64_t take(int64_t run) { return next_.fetch_add(run, std::memory_order_relaxed); }
+
+  // Notes `count` more of `num_tasks` as done.
+  void finish(int64_t count, int64_t num_tasks);
+
+  // Returns when all are done. Spins briefly, since tasks are short, then sleeps, since a spinning thread may hold the
+  // core of the one it waits for.
+  void wait(int64_t num_tasks);
 
  private:
-  std::atomic<uint32_t> arrived_{0};
-  std::atomic<uint32_t> phase_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  std::atomic<uint32_t> done_{0};
   std::atomic<uint32_t> sleepers_{0};
 };
 
-// What the threads of one region share: who they are, a barrier, and counters that hand out tasks.
+// What the threads of one region share: their ranks, and the phases of their work.
 class Team {
  public:
-  static constexpr int kMaxPhases = 16;
+  static constexpr int kMaxPhases = 5;
 
-  int size() const;
   int rank() const;
-  void barrier();
 
   // Tasks 0..num_tasks-1 of phase `phase` (each phase at most once per region), in runs of `run`: calls
-  // body(first, end) on whichever thread is free.
+  // body(first, end) on whichever thread is free. Others may still be at work when it returns.
   template <typename Body>
   void for_each(int phase, int64_t num_tasks, int64_t run, Body&& body) {
     for (;;) {
-      const int64_t first = next_[phase].fetch_add(run, std::memory_order_relaxed);
+      const int64_t first = phases_[phase].take(run);
       if (first >= num_tasks) return;
-      body(first, first + run < num_tasks ? first + run : num_tasks);
+      const int64_t end = first + run < num_tasks ? first + run : num_tasks;
+      body(first, end);
+      phases_[phase].finish(end - first, num_tasks);
     }
   }
 
+  // Likewise, and returns when all tasks are done.
+  template <typename Body>
+  void for_all(int phase, int64_t num_tasks, int64_t run, Body&& body) {
+    for_each(phase, num_tasks, run, body);
+    phases_[phase].wait(num_tasks);
+  }
+
  private:
-  Barrier barrier_;
-  alignas(64) std::atomic<int64_t> next_[kMaxPhases] = {};
+  Phase phases_[kMaxPhases];
 };
 
 // Runs body(team) on up to `num_threads` threads and returns when all are done.
