@@ -5,17 +5,11 @@ Owns nothing but the wiring: the operations are ``native_products``'.
 
 from __future__ import annotations
 
-from typing import Final
-
-import torch
-
-import mixtral_serve.kernels.native_products  # noqa: F401 - registers the operators
 from mixtral_serve.kernels.backend import ExpertsOp, LinearOp
 from mixtral_serve.kernels.formats import Kind, PackedMatrix
 from mixtral_serve.kernels.names import BackendName
 from mixtral_serve.kernels.native import NativeUnavailableError, library
-
-_ops: Final = torch.ops.mixtral_serve
+from mixtral_serve.kernels.native_products import NativeExperts, NativeLinear
 
 
 class NativeBackend:
@@ -34,17 +28,11 @@ class NativeBackend:
 
     def linear(self, weight: PackedMatrix) -> LinearOp:
         """See the protocol; the operation reads ``weight`` where it lies."""
-        op = _ops.linear_int4.default if weight.kind == "int4" else _ops.linear_int8.default
-        quants, scales, num_rows = weight.quants, weight.scales, weight.num_rows
-        return lambda x: op(x, quants, scales, num_rows)
+        return NativeLinear(
+            weight.kind, weight.quants, weight.scales, num_rows=weight.num_rows, num_cols=weight.num_cols
+        )
 
     def experts(self, w1: PackedMatrix, w2: PackedMatrix, w3: PackedMatrix) -> ExpertsOp:
         """See the protocol; the operation reads the weights where they lie."""
-        op = _ops.experts_int4.default if w1.kind == "int4" else _ops.experts_int8.default
-        packed = (w1.quants, w1.scales, w2.quants, w2.scales, w3.quants, w3.scales)
-
-        def run(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = op(hidden, ids, weights, *packed)
-            return out
-
-        return run
+        tensors = [tensor for matrix in (w1, w2, w3) for tensor in (matrix.quants, matrix.scales)]
+        return NativeExperts(w1.kind, tensors, hidden_size=w1.num_cols)

@@ -165,8 +165,8 @@ def test_rows_beyond_one_pass_are_computed_like_the_others(kind: Kind) -> None:
     experts, hidden = layer(kind, 16, 16), randn(rows, 16)
     ids, weights = routing(rows, seed=1)
     assert torch.equal(experts(hidden, ids, weights)[-7:], experts(hidden[-7:], ids[-7:], weights[-7:]))
-    sizes = {"num_experts": NUM_EXPERTS, "k": TOP_K}
-    assert experts_scratch_bytes(rows, 16, 16, **sizes) == experts_scratch_bytes(rows - 7, 16, 16, **sizes)
+    sizes = (16, TOP_K, NUM_EXPERTS, 1)
+    assert experts_scratch_bytes(kind, rows, *sizes) == experts_scratch_bytes(kind, rows - 7, *sizes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

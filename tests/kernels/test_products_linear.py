@@ -115,7 +115,7 @@ def test_rows_beyond_one_pass_are_computed_like_the_others(kind: Kind) -> None:
     weight, x = quantize(randn(20, 64), kind), randn(rows, 64, seed=1)
     whole = linear(x, weight)
     assert torch.equal(whole[-5:], linear(x[-5:], weight))
-    assert linear_scratch_bytes(rows, 64) == linear_scratch_bytes(native_products.PASS_ROWS, 64)
+    assert linear_scratch_bytes(kind, rows, 64) == linear_scratch_bytes(kind, native_products.PASS_ROWS, 64)
 
 
 @pytest.mark.parametrize("kind", KINDS)

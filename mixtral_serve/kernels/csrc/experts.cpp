@@ -17,7 +17,6 @@
 namespace mixtral {
 namespace {
 
-int64_t groups_of(int64_t num_cols) { return (num_cols + kGroupCols - 1) / kGroupCols; }
 int64_t tiles_of(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
 
 // Tasks of all experts' segments in a row: which expert's a task is, and which part of its product.
@@ -64,8 +63,8 @@ class Experts {
     Scratch scratch(call.scratch);
     const int64_t slots = call.num_rows * call.k;
     routing_ = Routing::take(scratch, call.num_rows, call.num_experts, call.k);
-    rows_ = scratch.take_rows(kind_, slots, w1_.num_groups);
-    inner_rows_ = scratch.take_rows(kind_, slots, w2_.num_groups);
+    rows_ = scratch.take_rows(kind_, slots, w1_.num_groups, kernels_.column_bytes(kind_));
+    inner_rows_ = scratch.take_rows(kind_, slots, w2_.num_groups, kernels_.column_bytes(kind_));
     inner_ = scratch.take<float>(slots * inner_cols_);
     down_ = scratch.take<float>(slots * call.num_cols);
     up_starts_ = scratch.take<int64_t>(call.num_experts + 1);
@@ -78,18 +77,14 @@ class Experts {
     const ExpertTasks down_tasks(routing_, w2_, (w2_.num_tiles + 1) / 2, call_.num_threads, down_starts_);
     const int64_t slots = call_.num_rows * call_.k;
     parallel(call_.num_threads, [&](Team& team) {
-      team.for_each(0, slots, 1, [&](int64_t slot, int64_t) {
+      team.for_all(0, slots, 1, [&](int64_t slot, int64_t) {
         quantize(call_.hidden + routing_.row_of_slot[slot] * call_.num_cols, call_.num_cols, rows_, slot);
       });
-      team.barrier();
-      team.for_each(1, up_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { gate_and_up(up_tasks, index); });
-      team.barrier();
-      team.for_each(2, slots, 1, [&](int64_t slot, int64_t) {
+      team.for_all(1, up_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { gate_and_up(up_tasks, index); });
+      team.for_all(2, slots, 1, [&](int64_t slot, int64_t) {
         quantize(inner_ + slot * inner_cols_, inner_cols_, inner_rows_, slot);
       });
-      team.barrier();
-      team.for_each(3, down_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { down(down_tasks, index); });
-      team.barrier();
+      team.for_all(3, down_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { down(down_tasks, index); });
       team.for_each(4, call_.num_rows, 1, [&](int64_t row, int64_t) { add_up(row); });
     });
   }
@@ -136,12 +131,12 @@ class Experts {
   static constexpr int64_t kMaxChosen = 64;
 
   static int64_t scratch_bytes(int64_t num_rows, int64_t num_cols, int64_t k, int64_t num_experts,
-                               int64_t num_inner_tiles) {
+                               int64_t num_inner_tiles, Kind kind) {
     const int64_t slots = num_rows * k, inner_cols = num_inner_tiles * kTileRows;
     const int64_t routing = slots * 16 + num_experts * static_cast<int64_t>(sizeof(Segment)) + 5 * 64;
     const int64_t tasks = 2 * (num_experts + 1) * 8 + 2 * 64;
-    return routing + tasks + PackedRows::num_bytes(slots, groups_of(num_cols)) +
-           PackedRows::num_bytes(slots, groups_of(inner_cols)) + slots * (inner_cols + num_cols) * 4 + 2 * 64;
+    return routing + tasks + PackedRows::num_bytes(kind, slots, groups_of(num_cols)) +
+           PackedRows::num_bytes(kind, slots, groups_of(inner_cols)) + slots * (inner_cols + num_cols) * 4 + 2 * 64;
   }
 
  private:
@@ -166,8 +161,9 @@ extern "C" {
 
 __attribute__((visibility("default"))) int64_t mixtral_experts_scratch_bytes(int64_t num_rows, int64_t num_cols,
                                                                              int64_t k, int64_t num_experts,
-                                                                             int64_t num_inner_tiles) {
-  return mixtral::Experts::scratch_bytes(num_rows, num_cols, k, num_experts, num_inner_tiles);
+                                                                             int64_t num_inner_tiles, int32_t kind) {
+  return mixtral::Experts::scratch_bytes(num_rows, num_cols, k, num_experts, num_inner_tiles,
+                                         static_cast<mixtral::Kind>(kind));
 }
 
 // 0; or, with nothing written, 1 if an id names no expert and 2 if there are too many per row.

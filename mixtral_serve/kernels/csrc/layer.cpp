@@ -43,8 +43,6 @@ struct LayerCall {
   int64_t num_threads;
 };
 
-int64_t groups_of(int64_t num_cols) { return (num_cols + kGroupCols - 1) / kGroupCols; }
-
 class Layer {
  public:
   Layer(const LayerCall& call, char* memory)
@@ -90,9 +88,9 @@ class Layer {
   int64_t products_bytes() const {
     const int64_t rows = num_rows_ < call_.pass_rows ? num_rows_ : call_.pass_rows;
     const int64_t widest = query_size_ > weights_.hidden_size ? query_size_ : weights_.hidden_size;
-    const int64_t linear = mixtral_linear_scratch_bytes(rows, groups_of(widest));
+    const int64_t linear = mixtral_linear_scratch_bytes(rows, widest, weights_.kind);
     const int64_t experts = mixtral_experts_scratch_bytes(rows, weights_.hidden_size, weights_.num_chosen,
-                                                          weights_.num_experts, weights_.num_inner_tiles);
+                                                          weights_.num_experts, weights_.num_inner_tiles, weights_.kind);
     return linear > experts ? linear : experts;
   }
 
@@ -117,16 +115,9 @@ class Layer {
     mixtral_rms_norm(x, weight, normed_, num_rows_, weights_.hidden_size, weights_.epsilon, call_.num_threads);
   }
 
-  LinearCall linear_call(const float* x, int64_t num_cols, int64_t first, int64_t count) const {
-    LinearCall linear{};
-    linear.x = x + first * num_cols;
-    linear.scratch = products_;
-    linear.num_rows = count;
-    linear.num_cols = num_cols;
-    linear.num_groups = groups_of(num_cols);
-    linear.kind = weights_.kind;
-    linear.num_threads = static_cast<int32_t>(call_.num_threads);
-    return linear;
+  LinearRows linear_rows(const float* x, int64_t num_cols, int64_t first, int64_t count) const {
+    return {x + first * num_cols, products_, count, num_cols, static_cast<Kind>(weights_.kind),
+            static_cast<int>(call_.num_threads)};
   }
 
   void project_in() const {
@@ -134,14 +125,14 @@ class Layer {
       const Factor factors[] = {{weights_.q, query_ + first * query_size_, query_size_},
                                 {weights_.k, key_ + first * key_size_, key_size_},
                                 {weights_.v, value_ + first * key_size_, key_size_}};
-      multiply_rows(linear_call(normed_, weights_.hidden_size, first, count), factors, 3);
+      multiply_rows(linear_rows(normed_, weights_.hidden_size, first, count), factors, 3);
     });
   }
 
   void project_out() const {
     for_each_pass([&](int64_t first, int64_t count) {
       const Factor factor{weights_.o, added_ + first * weights_.hidden_size, weights_.hidden_size};
-      multiply_rows(linear_call(attended_, query_size_, first, count), &factor, 1);
+      multiply_rows(linear_rows(attended_, query_size_, first, count), &factor, 1);
     });
   }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "products.h"
 
 namespace mixtral {
 
@@ -14,17 +15,21 @@ struct PackedWeights {
   const void* scales;
 };
 
-struct LinearCall {
-  const float* x;  // [num_rows, num_cols]
+struct LinearWeights {
   PackedWeights weights;
-  float* out;     // [num_rows, num_outputs]
-  void* scratch;  // mixtral_linear_scratch_bytes(num_rows, num_groups)
-  int64_t num_rows;
   int64_t num_cols;
-  int64_t num_groups;
   int64_t num_outputs;
   int32_t kind;
-  int32_t num_threads;
+};
+
+// The rows that meet packed matrices.
+struct LinearRows {
+  const float* x;  // [num_rows, num_cols]
+  void* scratch;   // mixtral_linear_scratch_bytes(num_rows, num_cols, kind)
+  int64_t num_rows;
+  int64_t num_cols;
+  Kind kind;
+  int num_threads;
 };
 
 struct ExpertsCall {
@@ -52,16 +57,15 @@ struct Factor {
 
 constexpr int kMaxFactors = 3;
 
-// Every factor with the rows of `call`, which are quantised once, in one region; `call` gives all but weights, out and
-// num_outputs.
-void multiply_rows(const LinearCall& call, const Factor* factors, int num_factors);
+// Every factor with the same rows, which are quantised once, in one region.
+void multiply_rows(const LinearRows& rows, const Factor* factors, int num_factors);
 
 }  // namespace mixtral
 
 extern "C" {
-int64_t mixtral_linear_scratch_bytes(int64_t num_rows, int64_t num_groups);
+int64_t mixtral_linear_scratch_bytes(int64_t num_rows, int64_t num_cols, int32_t kind);
 int64_t mixtral_experts_scratch_bytes(int64_t num_rows, int64_t num_cols, int64_t k, int64_t num_experts,
-                                      int64_t num_inner_tiles);
+                                      int64_t num_inner_tiles, int32_t kind);
 int mixtral_experts(const mixtral::ExpertsCall* call);
 int mixtral_paged_attention(const mixtral::AttentionCall* call);
 void mixtral_rms_norm(const float* x, const float* weight, float* out, int64_t num_rows, int64_t width, float epsilon,

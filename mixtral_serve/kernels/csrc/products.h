@@ -25,13 +25,16 @@ enum class Kind : int { int8 = 0, int4 = 1 };
 
 constexpr int kTileRows = 16;
 constexpr int kGroupCols = 32;
+
+inline int64_t groups_of(int64_t num_cols) { return (num_cols + kGroupCols - 1) / kGroupCols; }
+
 // Rows multiplied at a time: with 12, a tile's sums and fp32 totals (int4) fill 24 of the 32 registers of AVX-512. More
 // would not help int8 either, which reaches the peak with 8.
 constexpr int kMaxBlockRows = 12;
 
 // Up to kMaxBlockRows quantised rows, interleaved so that what one line of weights meets lies together.
 struct Block {
-  const int8_t* quants;    // [columns / 4][num_rows][4]
+  const int8_t* quants;    // [columns / 4][num_rows][4], of Kernels::column_bytes(kind) bytes each
   const int32_t* offsets;  // -offset * sums: int8 [num_rows], int4 [groups][num_rows]
   const float* scales;     // [num_rows]
   int num_rows;
@@ -43,7 +46,7 @@ struct RowPlace {
   int8_t* quants;
   int32_t* offsets;
   float* scale;
-  int64_t num_block_rows;  // distance between neighbouring 4-byte pieces, in pieces; and between offsets
+  int64_t num_block_rows;  // distance between neighbouring pieces of four columns, in pieces; and between offsets
 };
 
 // Sixteen rows of a matrix, and what will be read after them. A tile that several blocks meet comes from memory during
@@ -80,6 +83,10 @@ inline Ahead ahead_of(const Tile& tile, int64_t num_lines) {
 }
 
 struct Kernels {
+  // Of int8 rows, and of what `multiply_int8` multiplies them with: 1, or 2 where only wider products are exact.
+  int64_t int8_column_bytes;
+  int64_t column_bytes(Kind kind) const { return kind == Kind::int8 ? int8_column_bytes : 1; }
+
   // Quantises x [num_cols], padded with zeros to num_groups * 32.
   void (*quantize_row)(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place);
   // out[row * stride + 16 * t + o] for each row of the block and output o of each of 1 or 2 tiles.

@@ -202,7 +202,7 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels = {quantize_row, multiply_int8, multiply_int4, gate, combine};
+  static constexpr Kernels kernels = {1, quantize_row, multiply_int8, multiply_int4, gate, combine};
   return kernels;
 }
 

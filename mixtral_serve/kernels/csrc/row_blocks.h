@@ -33,26 +33,31 @@ struct Segment {
 struct PackedRows {
   Kind kind;
   int64_t num_groups;
-  int8_t* quants;    // [rows][num_groups * 32]
+  int64_t column_bytes;
+  int8_t* quants;    // [rows][num_groups * 32], of column_bytes each
   int32_t* offsets;  // [rows][num_offsets()]
   float* scales;     // [rows]
 
   int64_t num_offsets() const { return kind == Kind::int4 ? num_groups : 1; }
 
-  static int64_t num_bytes(int64_t num_rows, int64_t num_groups) {
-    return num_rows * (num_groups * (kGroupCols + 4) + 4) + 3 * 64;
+  int64_t row_bytes() const { return num_groups * kGroupCols * column_bytes; }
+
+  // Enough with every instruction set.
+  static int64_t num_bytes(Kind kind, int64_t num_rows, int64_t num_groups) {
+    const int64_t most_column_bytes = kind == Kind::int8 ? 2 : 1;
+    return num_rows * (num_groups * (kGroupCols * most_column_bytes + 4) + 4) + 3 * 64;
   }
 
   Block block(const Segment& segment, int64_t index) const {
     const int64_t start = segment.block_start(index), row = segment.first_row + start;
-    return {quants + row * num_groups * kGroupCols, offsets + row * num_offsets(), scales + row,
+    return {quants + row * row_bytes(), offsets + row * num_offsets(), scales + row,
             static_cast<int>(segment.block_start(index + 1) - start), num_groups};
   }
 
   RowPlace place(const Segment& segment, int64_t row_of_segment) const {
     const int64_t index = segment.block_of(row_of_segment), start = segment.block_start(index);
     const int64_t first = segment.first_row + start, within = row_of_segment - start;
-    return {quants + first * num_groups * kGroupCols + 4 * within, offsets + first * num_offsets() + within,
+    return {quants + first * row_bytes() + 4 * column_bytes * within, offsets + first * num_offsets() + within,
             scales + first + within, segment.block_start(index + 1) - start};
   }
 };
@@ -69,8 +74,9 @@ class Scratch {
     return reinterpret_cast<T*>(taken);
   }
 
-  PackedRows take_rows(Kind kind, int64_t num_rows, int64_t num_groups) {
-    PackedRows rows{kind, num_groups, take<int8_t>(num_rows * num_groups * kGroupCols), nullptr, nullptr};
+  PackedRows take_rows(Kind kind, int64_t num_rows, int64_t num_groups, int64_t column_bytes) {
+    PackedRows rows{kind, num_groups, column_bytes, nullptr, nullptr, nullptr};
+    rows.quants = take<int8_t>(num_rows * rows.row_bytes());
     rows.offsets = take<int32_t>(num_rows * rows.num_offsets());
     rows.scales = take<float>(num_rows);
     return rows;
