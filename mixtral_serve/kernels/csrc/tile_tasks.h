@@ -59,7 +59,7 @@ class TaskGrid {
     blocks_per_part_ = std::max<int64_t>(1, kPartBytes / block_bytes);
     num_parts_ = (num_blocks_ + blocks_per_part_ - 1) / blocks_per_part_;
     // Runs of neighbouring tiles read long stretches; many tasks per thread end at nearly the same time.
-    units_per_run_ = std::clamp<int64_t>(num_units / (num_threads * 16), 1, 4);
+    units_per_run_ = std::clamp<int64_t>(num_units / (num_threads * 16), 1, 8);
     num_runs_ = (num_units + units_per_run_ - 1) / units_per_run_;
   }
 
