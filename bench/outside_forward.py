@@ -32,7 +32,8 @@ from mixtral_serve.engine.errors import RequestFailed
 from mixtral_serve.engine.messages import Delta, Submit, Tick, decode_outbox, encode
 from mixtral_serve.engine.stream import TokenStream
 from mixtral_serve.engine.transport import FrameDecoder, frame
-from mixtral_serve.model.kv_cache import PagedKVCache
+from mixtral_serve.kernels import native
+from mixtral_serve.model.kv_cache import allocate_kv_cache
 from mixtral_serve.model.runner import MixtralRunner
 from mixtral_serve.model.shape import ModelShape
 from mixtral_serve.text.detokenizer import TokenBytes
@@ -129,7 +130,14 @@ def measure_outside_forward(num_running: int, num_steps: int, sampling: Sampling
 def _engine(num_running: int, num_tokens: int) -> tuple[EngineCore, TokenBytes]:
     """A core with seats for all, and the vocabulary it detokenises with."""
     num_blocks = 1 + num_running * (-(-num_tokens // _BLOCK_SIZE))
-    cache = PagedKVCache(_SHAPE, num_blocks=num_blocks, block_size=_BLOCK_SIZE, dtype=torch.float32)
+    cache = allocate_kv_cache(
+        _SHAPE,
+        num_blocks=num_blocks,
+        block_size=_BLOCK_SIZE,
+        dtype="fp32",
+        compute_dtype=torch.float32,
+        is_native=native.is_available(),
+    )
     info = ModelInfo(
         name="no-forward",
         fingerprint="no-forward",

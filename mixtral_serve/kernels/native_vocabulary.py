@@ -1,7 +1,6 @@
 """Passes over rows as wide as the vocabulary, in the compiled kernels: what sampling asks of logits.
 
     mixtral_serve::chunk_maxima   the largest number of every chunk of a row
-    mixtral_serve::chunk_shares   the sum of exp((x - peak) * scale) over every chunk
     mixtral_serve::finite_rows    whether all numbers of a row are finite
 
 Invariant: a row's results have the same bits in any batch, for any number of threads and on any instruction set
@@ -33,9 +32,8 @@ class _ChunkCall(ctypes.Structure):
 @functools.cache
 def _typed_library() -> ctypes.CDLL:
     loaded = library()
-    for function in (loaded.mixtral_chunk_maxima, loaded.mixtral_chunk_shares):
-        function.argtypes = [ctypes.POINTER(_ChunkCall), ctypes.c_int64]
-        function.restype = None
+    loaded.mixtral_chunk_maxima.argtypes = [ctypes.POINTER(_ChunkCall), ctypes.c_int64]
+    loaded.mixtral_chunk_maxima.restype = None
     loaded.mixtral_finite_rows.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
     loaded.mixtral_finite_rows.restype = None
     return loaded
@@ -43,36 +41,17 @@ def _typed_library() -> ctypes.CDLL:
 
 _LIBRARY = torch.library.Library("mixtral_serve", "FRAGMENT")  # type: ignore[no-untyped-call]  # PyTorch does not say
 _LIBRARY.define("chunk_maxima(Tensor rows, int length) -> Tensor")  # type: ignore[no-untyped-call]  # PyTorch does not say
-_LIBRARY.define(  # type: ignore[no-untyped-call]  # PyTorch does not say
-    "chunk_shares(Tensor rows, Tensor peaks, Tensor scales, int length) -> Tensor"
-)
 _LIBRARY.define("finite_rows(Tensor rows) -> Tensor")  # type: ignore[no-untyped-call]  # PyTorch does not say
-
-
-def _call(rows: torch.Tensor, length: int) -> tuple[_ChunkCall, torch.Tensor]:
-    """The call without its row parameters, and what it fills."""
-    _check_rows(rows)
-    _require(length > 0, "chunks have a positive length")
-    num_rows, width = rows.shape
-    out = torch.empty(num_rows, -(-width // length))
-    return _ChunkCall(rows.data_ptr(), out.data_ptr(), num_rows, width, length), out
 
 
 def _chunk_maxima(rows: torch.Tensor, length: int) -> torch.Tensor:
     """fp32 [rows, width] without NaN -> [rows, chunks]; the last chunk may be short."""
-    call, out = _call(rows, length)
+    _check_rows(rows)
+    _require(length > 0, "chunks have a positive length")
+    num_rows, width = rows.shape
+    out = torch.empty(num_rows, -(-width // length))
+    call = _ChunkCall(rows.data_ptr(), out.data_ptr(), num_rows, width, length)
     _typed_library().mixtral_chunk_maxima(ctypes.byref(call), torch.get_num_threads())
-    return out
-
-
-def _chunk_shares(rows: torch.Tensor, peaks: torch.Tensor, scales: torch.Tensor, length: int) -> torch.Tensor:
-    """fp32 [rows, width] without NaN, each row's largest number or more, and its scale -> [rows, chunks]."""
-    call, out = _call(rows, length)
-    for name, values in (("peaks", peaks), ("scales", scales)):
-        is_dense = values.dtype is torch.float32 and values.is_contiguous()
-        _require(is_dense and values.shape == rows.shape[:1], f"{name} must be dense fp32 [rows]")
-    call.peaks, call.scales = peaks.data_ptr(), scales.data_ptr()
-    _typed_library().mixtral_chunk_shares(ctypes.byref(call), torch.get_num_threads())
     return out
 
 
@@ -98,17 +77,12 @@ def _chunks_fake(rows: torch.Tensor, length: int) -> torch.Tensor:
     return rows.new_empty(rows.shape[0], -(-rows.shape[1] // length))
 
 
-def _shares_fake(rows: torch.Tensor, _peaks: torch.Tensor, _scales: torch.Tensor, length: int) -> torch.Tensor:
-    return _chunks_fake(rows, length)
-
-
 def _finite_fake(rows: torch.Tensor) -> torch.Tensor:
     return rows.new_empty(rows.shape[0], dtype=torch.bool)
 
 
 for _name, _run, _fake in (
     ("chunk_maxima", _chunk_maxima, _chunks_fake),
-    ("chunk_shares", _chunk_shares, _shares_fake),
     ("finite_rows", _finite_rows, _finite_fake),
 ):
     _LIBRARY.impl(_name, _run, "CPU")  # type: ignore[no-untyped-call]  # PyTorch does not say

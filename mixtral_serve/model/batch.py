@@ -1,8 +1,8 @@
 """``StepPlan`` -> the tensors of one forward pass.
 
 Owns: the layout of the ragged row, and of attention in PyTorch's operators (``native_attention`` lays out its own).
-Decodes come first, ordered by the length of what they read, so that each group of similar length is a contiguous
-range of rows; prefill slices follow in the plan's order.
+Decodes come first, for PyTorch's operators ordered by the length of what they read, so that each group of similar
+length is a contiguous range of rows; prefill slices follow in the plan's order.
 ``StepInputs.first_rows`` leads from the plan's slices to their rows; the plan's own order carries no meaning
 here.
 
@@ -22,7 +22,6 @@ import torch
 from mixtral_serve.model.attention import AttentionStep, DecodeGroup, PrefillSlice, TorchStep
 from mixtral_serve.model.kv_cache import KVCache, PagedKVCache
 from mixtral_serve.model.native_attention import native_step
-from mixtral_serve.model.native_kv_cache import NativeKVCache
 from scheduler.plan import ScheduledSlice, StepPlan
 
 _GROUP_BYTES: Final = 4 << 20
@@ -49,8 +48,10 @@ def build_inputs(plan: StepPlan, cache: KVCache, *, sliding_window: int | None) 
     slices = plan.slices
     size = cache.block_size
     decodes = [i for i, s in enumerate(slices) if s.num_tokens == 1]
-    spans = {i: _visible_blocks(slices[i], size, sliding_window) for i in decodes}
-    decodes.sort(key=lambda i: spans[i][0] - spans[i][1])
+    spans: dict[int, tuple[int, int]] = {}
+    if isinstance(cache, PagedKVCache):
+        spans = {i: _visible_blocks(slices[i], size, sliding_window) for i in decodes}
+        decodes.sort(key=lambda i: spans[i][0] - spans[i][1])
     order = decodes + [i for i, s in enumerate(slices) if s.num_tokens > 1]
 
     ids, positions, slots = array("i"), array("q"), array("q")
@@ -58,15 +59,23 @@ def build_inputs(plan: StepPlan, cache: KVCache, *, sliding_window: int | None) 
     first_rows = [0] * len(slices)
     for i in order:
         part = slices[i]
-        end = part.start + part.num_tokens
         first_rows[i] = len(ids)
+        if part.num_tokens == 1:
+            index, offset = divmod(part.start, size)
+            ids.append(part.tokens[part.start])
+            positions.append(part.start)
+            slots.append(part.block_table[index] * size + offset)
+            if offset == 0 and size > 1:
+                fresh.append(part.block_table[index])
+            continue
+        end = part.start + part.num_tokens
         ids.extend(part.tokens[part.start : end])
         positions.extend(range(part.start, end))
         _add_slots(slots, part, size)
         if end % size and part.start <= end - end % size:
             fresh.append(part.block_table[end // size])
     attention: AttentionStep
-    if isinstance(cache, NativeKVCache):
+    if not isinstance(cache, PagedKVCache):
         rows = [(first_rows[i], slices[i]) for i in order]
         attention = native_step(cache, rows, slots, sliding_window=sliding_window)
         fresh = []  # it never reads a slot that nobody wrote

@@ -24,8 +24,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -38,8 +37,7 @@ NOT_FINITE_ANY_MORE: Final = "the request's parameters made logits that are not 
 _FORBIDDEN: Final = float("-inf")
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """What one row of logits is for."""
 
     params: SamplingParams

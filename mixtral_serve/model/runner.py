@@ -92,9 +92,12 @@ class MixtralRunner:
         sampled = self._sample(batch, inputs, hidden)
         results = []
         for i, part in enumerate(slices):
-            rows = hidden[inputs.first_rows[i] : inputs.first_rows[i] + part.num_tokens]
-            scores = self._score(part, batch.sampling[i], rows) if part.num_logits else ()
-            results.append(_slice_result(part, sampled.get(i), scores, rows))
+            result = _token_result(part, sampled.get(i))
+            if part.num_logits > part.samples or part.pools:
+                rows = hidden[inputs.first_rows[i] : inputs.first_rows[i] + part.num_tokens]
+                scores = self._score(part, batch.sampling[i], rows) if part.num_logits else ()
+                result = _prompt_result(part, result, scores, rows)
+            results.append(result)
         return StepResult(tuple(results))
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -147,27 +150,29 @@ class MixtralRunner:
         return tuple(entries)
 
 
-def _slice_result(
-    part: ScheduledSlice, sampled: Sampled | None, scores: tuple[TokenLogprob, ...] | None, hidden: torch.Tensor
+def _token_result(part: ScheduledSlice, sampled: Sampled | None) -> SliceResult:
+    """What came of a slice that at most samples."""
+    if sampled is None:
+        return SliceResult(part.request_id)
+    if sampled.error is not None:
+        return _failed(part, sampled.error)
+    return SliceResult(part.request_id, sampled.token_id, sampled.logprob)
+
+
+def _prompt_result(
+    part: ScheduledSlice, result: SliceResult, scores: tuple[TokenLogprob, ...] | None, hidden: torch.Tensor
 ) -> SliceResult:
-    """Put one slice's outcome together; any failure makes it an error and nothing else."""
-    error = sampled.error if sampled is not None else None
+    """``result`` with what was asked about the prompt; any failure makes it an error and nothing else."""
     if scores is None:
-        error = NON_FINITE
-    embedding: object | None = None
-    if part.pools:
-        embedding = pool(part, hidden)
-        if embedding is None:
-            error = "the model produced hidden states that are not finite"
-    if error is not None:
-        return SliceResult(part.request_id, finish=FinishReason.ERROR, error=error)
-    return SliceResult(
-        part.request_id,
-        token_id=sampled.token_id if sampled is not None else None,
-        logprob=sampled.logprob if sampled is not None else None,
-        prompt_logprobs=scores or (),
-        embedding=embedding,
-    )
+        return _failed(part, NON_FINITE)
+    embedding = pool(part, hidden) if part.pools else None
+    if part.pools and embedding is None:
+        return _failed(part, "the model produced hidden states that are not finite")
+    return result if result.error else result._replace(prompt_logprobs=scores, embedding=embedding)
+
+
+def _failed(part: ScheduledSlice, error: str) -> SliceResult:
+    return SliceResult(part.request_id, finish=FinishReason.ERROR, error=error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,7 +90,7 @@ namespace mixtral {
 
 const AttentionKernel kAttentionAvx2 = {attend, merge};
 const RowwiseKernel kRowwiseAvx2 = {rms_norm, route};
-const VocabularyKernel kVocabularyAvx2 = {chunk_maxima, chunk_shares, finite_rows};
+const VocabularyKernel kVocabularyAvx2 = {chunk_maxima, chunk_shares, finite_rows, exponentials};
 
 }  // namespace mixtral
 

@@ -82,7 +82,7 @@ namespace mixtral {
 
 const AttentionKernel kAttentionAvx512 = {attend, merge};
 const RowwiseKernel kRowwiseAvx512 = {rms_norm, route};
-const VocabularyKernel kVocabularyAvx512 = {chunk_maxima, chunk_shares, finite_rows};
+const VocabularyKernel kVocabularyAvx512 = {chunk_maxima, chunk_shares, finite_rows, exponentials};
 
 }  // namespace mixtral
 

@@ -87,6 +87,6 @@ namespace mixtral {
 
 const AttentionKernel kAttentionPortable = {attend, merge};
 const RowwiseKernel kRowwisePortable = {rms_norm, route};
-const VocabularyKernel kVocabularyPortable = {chunk_maxima, chunk_shares, finite_rows};
+const VocabularyKernel kVocabularyPortable = {chunk_maxima, chunk_shares, finite_rows, exponentials};
 
 }  // namespace mixtral

@@ -23,7 +23,12 @@ struct VocabularyKernel {
   void (*maxima)(const ChunkCall& call, int64_t first, int64_t end);
   void (*shares)(const ChunkCall& call, int64_t first, int64_t end);
   void (*finite)(const float* rows, int64_t width, uint8_t* out, int64_t first, int64_t end);
+  // out[i] = exp((x[i] - peak) * scale)
+  void (*exponentials)(const float* x, int64_t count, float peak, float scale, float* out);
 };
+
+// That of the instruction set in use.
+const VocabularyKernel& active_vocabulary_kernel();
 
 extern const VocabularyKernel kVocabularyPortable;
 #if defined(__x86_64__)

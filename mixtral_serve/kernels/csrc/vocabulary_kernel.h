@@ -51,6 +51,13 @@ void chunk_shares(const ChunkCall& call, int64_t first, int64_t end) {
   }
 }
 
+void exponentials(const float* x, int64_t count, float peak, float scale, float* out) {
+  const Lanes peaks = broadcast(peak), scales = broadcast(scale);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(out + i, exponential(times(minus(load(x + i), peaks), scales)));
+  for (; i < count; ++i) out[i] = exp_f32((x[i] - peak) * scale);
+}
+
 // A number times 0 is 0 if it is finite, and NaN otherwise, which no sum forgets.
 void finite_rows(const float* rows, int64_t width, uint8_t* out, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; ++row) {

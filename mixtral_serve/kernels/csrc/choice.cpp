@@ -1,0 +1,242 @@
+// The next token of each row: the most likely one, or one drawn from the whole vocabulary or from what filters leave.
+// model/sampler.py says what the filters mean. A row is worked on while it lies in a cache, by one thread.
+//
+// Of a filtered row only the most likely few are ranked: all numbers that reach a threshold, which the maxima of short
+// chunks give. Where that does not settle it (a nucleus wider than some thousand tokens, a cut that hangs on rounding,
+// thousands of equals) the row is handed back.
+//
+// The law: a token depends on nothing but its row. Weights of ranked tokens are std::exp's in fp64, which differs
+// between C libraries in its last bit, but not between instruction sets or threads.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "parallel.h"
+#include "vocabulary.h"
+
+namespace mixtral {
+namespace {
+
+constexpr int64_t kUnsettled = -1, kNotFinite = -2;
+constexpr int64_t kThreadWork = 64 << 10;  // numbers that are worth waking a thread
+constexpr int64_t kRankChunk = 64;
+constexpr int64_t kDrawChunk = 256;  // whose shares are added up before it is decided among which tokens to draw
+constexpr int64_t kFirstRanked = 64, kMostRanked = 2048, kWider = 16;
+constexpr int64_t kCapacity = 2 * kMostRanked;  // room for equals
+// Twice what a total in fp32 may be off.
+constexpr double kTotalError = 2e-5;
+constexpr double kLeastTemperature = 1e-30;  // a smaller one is not distinguishable from it, and would be 0 in fp32
+
+// What a row asks for: a row of the tensor that native_choice.py fills.
+struct Asked {
+  double temperature;  // 0: the most likely token
+  double top_k;        // 0: all
+  double top_p;
+  double min_p;
+  double draw;  // in [0, 1)
+};
+
+struct ChoiceCall {
+  const float* logits;  // [num_rows, width]
+  const Asked* asked;   // [num_rows]
+  int64_t* tokens;      // [num_rows]
+  void* scratch;        // num_threads times mixtral_choice_scratch_bytes(width)
+  int64_t num_rows, width;
+  int64_t is_raw;  // 1: minus infinity is a fault, as NaN is; 0: it is a token that is forbidden
+};
+
+struct Candidate {
+  float value;
+  int32_t id;
+  double weight;
+};
+
+int64_t chunks_of(int64_t width, int64_t length) { return (width + length - 1) / length; }
+
+// Where the cumulative sum of weights passes `draw` times their total.
+struct Place {
+  int64_t index;
+  double before;  // of the sum, up to the index
+  double target;
+};
+
+template <typename Weight>
+Place invert(int64_t count, double draw, const Weight& weight) {
+  double total = 0.0;
+  for (int64_t i = 0; i < count; ++i) total += weight(i);
+  const double target = draw * total;
+  double reached = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double before = reached;
+    reached += weight(i);
+    // Rounding may lift the target to the total; the last one with a weight is meant then.
+    if (reached > target || reached >= total) return {i, before, target};
+  }
+  return {count - 1, reached, target};
+}
+
+class Row {
+ public:
+  Row(const ChoiceCall& call, const VocabularyKernel& kernel, const float* x, const Asked& asked, char* scratch)
+      : kernel_(kernel), asked_(asked), x_(x), width_(call.width), is_raw_(call.is_raw != 0) {
+    candidates_ = reinterpret_cast<Candidate*>(scratch);
+    maxima_ = reinterpret_cast<float*>(candidates_ + kCapacity);
+    shares_ = maxima_ + chunks_of(width_, kRankChunk);
+    copy_ = shares_ + chunks_of(width_, kDrawChunk);
+  }
+
+  static int64_t scratch_bytes(int64_t width) {
+    const int64_t floats = chunks_of(width, kRankChunk) + chunks_of(width, kDrawChunk) + width;
+    return kCapacity * static_cast<int64_t>(sizeof(Candidate)) + (floats * 4 + 63) / 64 * 64;
+  }
+
+  int64_t choose() {
+    uint8_t is_finite = 1;
+    if (is_raw_) kernel_.finite(x_, width_, &is_finite, 0, 1);
+    if (!is_finite) return kNotFinite;
+    const int64_t num_chunks = chunks_of(width_, kRankChunk);
+    kernel_.maxima({x_, maxima_, 1, width_, kRankChunk, nullptr, nullptr}, 0, 1);
+    peak_ = *std::max_element(maxima_, maxima_ + num_chunks);
+    if (asked_.temperature == 0.0) return most_likely();
+    if (top_k() == 0 && asked_.top_p >= 1.0 && asked_.min_p <= 0.0) return draw_from_all();
+    const int64_t first = std::max(kFirstRanked, top_k() + 1);
+    for (int64_t least = std::min(first, width_); least <= kMostRanked; least = std::min(least * kWider, width_)) {
+      const int64_t token = draw_filtered(rank(least));
+      if (token != kUnsettled || least == width_) return token;
+    }
+    return kUnsettled;
+  }
+
+ private:
+  // 0 where it is off.
+  int64_t top_k() const { return asked_.top_k < static_cast<double>(width_) ? static_cast<int64_t>(asked_.top_k) : 0; }
+
+  // The lowest id among equals.
+  int64_t most_likely() const {
+    const float* chunk = std::find(maxima_, maxima_ + chunks_of(width_, kRankChunk), peak_);
+    return std::find(x_ + (chunk - maxima_) * kRankChunk, x_ + width_, peak_) - x_;
+  }
+
+  float scale() const { return static_cast<float>(1.0 / std::max(asked_.temperature, kLeastTemperature)); }
+
+  void sum_shares() {
+    const float scales = scale();
+    kernel_.shares({x_, shares_, 1, width_, kDrawChunk, &peak_, &scales}, 0, 1);
+  }
+
+  // First a chunk by its share, then a token of the chunk.
+  int64_t draw_from_all() {
+    sum_shares();
+    const Place chunk = invert(chunks_of(width_, kDrawChunk), asked_.draw,
+                               [&](int64_t i) { return static_cast<double>(shares_[i]); });
+    const int64_t first = chunk.index * kDrawChunk, count = std::min(kDrawChunk, width_ - first);
+    const double inside = (chunk.target - chunk.before) / static_cast<double>(shares_[chunk.index]);
+    float weights[kDrawChunk];
+    kernel_.exponentials(x_ + first, count, peak_, scale(), weights);
+    const auto weight = [&](int64_t i) { return static_cast<double>(weights[i]); };
+    return first + invert(count, std::clamp(inside, 0.0, 1.0), weight).index;
+  }
+
+  // Collects all that is as large as the `least`-th largest number, in order; their number, or 0 if there is no room.
+  int64_t rank(int64_t least) {
+    const int64_t num_chunks = chunks_of(width_, kRankChunk);
+    float threshold = -std::numeric_limits<float>::infinity();
+    if (least < width_) {
+      // As many chunks hold a number that large as there are maxima that large: at least `least`.
+      const bool by_chunks = least < num_chunks;
+      const int64_t count = by_chunks ? num_chunks : width_;
+      std::copy_n(by_chunks ? maxima_ : x_, count, copy_);
+      std::nth_element(copy_, copy_ + least - 1, copy_ + count, std::greater<float>());
+      threshold = copy_[least - 1];
+    }
+    int64_t num = 0;
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      if (maxima_[chunk] < threshold) continue;
+      const int64_t end = std::min((chunk + 1) * kRankChunk, width_);
+      for (int64_t id = chunk * kRankChunk; id < end; ++id) {
+        if (x_[id] < threshold) continue;
+        if (num == kCapacity) return 0;
+        candidates_[num++] = {x_[id], static_cast<int32_t>(id), 0.0};
+      }
+    }
+    std::sort(candidates_, candidates_ + num, [](const Candidate& a, const Candidate& b) {
+      return a.value != b.value ? a.value > b.value : a.id < b.id;
+    });
+    for (int64_t i = 0; i < num; ++i) {
+      candidates_[i].weight = std::exp((static_cast<double>(candidates_[i].value) - peak_) / asked_.temperature);
+    }
+    return num;
+  }
+
+  // How many of the `num` ranked tokens stay, if all tokens together weigh `total`; `num` may mean more.
+  int64_t num_kept(int64_t num, double total) const {
+    const int64_t k = top_k();
+    if (k > 0) {
+      total = 0.0;
+      for (int64_t i = 0; i < std::min(k, num); ++i) total += candidates_[i].weight;
+    }
+    int64_t kept = k > 0 ? std::min(k, num) : num, nucleus = 1;
+    double reached = 0.0;
+    for (int64_t i = 0; i < num && asked_.top_p < 1.0; ++i) {
+      reached += candidates_[i].weight;
+      if (reached < asked_.top_p * total) ++nucleus;
+    }
+    if (asked_.top_p < 1.0) kept = std::min(kept, nucleus);
+    int64_t likely = 0;
+    while (likely < num && candidates_[likely].weight >= asked_.min_p) ++likely;
+    return std::min(kept, likely);
+  }
+
+  int64_t draw_filtered(int64_t num) {
+    if (num == 0) return kUnsettled;
+    double total = 0.0;
+    for (int64_t i = 0; i < num; ++i) total += candidates_[i].weight;
+    int64_t kept = num_kept(num, total);
+    if (num < width_ && asked_.top_p < 1.0 && top_k() == 0) {
+      sum_shares();
+      total = 0.0;
+      for (int64_t i = 0; i < chunks_of(width_, kDrawChunk); ++i) total += static_cast<double>(shares_[i]);
+      kept = num_kept(num, total * (1.0 + kTotalError));
+      if (kept != num_kept(num, total * (1.0 - kTotalError))) return kUnsettled;
+    }
+    if (kept >= num && num < width_) return kUnsettled;
+    std::sort(candidates_, candidates_ + kept, [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+    return candidates_[invert(kept, asked_.draw, [&](int64_t i) { return candidates_[i].weight; }).index].id;
+  }
+
+  const VocabularyKernel& kernel_;
+  const Asked& asked_;
+  const float* x_;
+  const int64_t width_;
+  const bool is_raw_;
+  float peak_ = 0.0f;
+  Candidate* candidates_;  // [kCapacity]
+  float* maxima_;          // [chunks of kRankChunk]
+  float* shares_;          // [chunks of kDrawChunk]
+  float* copy_;            // [width]
+};
+
+}  // namespace
+}  // namespace mixtral
+
+extern "C" {
+
+__attribute__((visibility("default"))) int64_t mixtral_choice_scratch_bytes(int64_t width) {
+  return mixtral::Row::scratch_bytes(width);
+}
+
+// tokens [num_rows]: a token id; -1 if the row is handed back; -2 if it is not finite.
+__attribute__((visibility("default"))) void mixtral_choose(const mixtral::ChoiceCall* call, int64_t num_threads) {
+  using namespace mixtral;
+  const VocabularyKernel& chosen = active_vocabulary_kernel();
+  const int64_t threads = std::min(num_threads, 1 + call->num_rows * call->width / kThreadWork);
+  const int64_t scratch_bytes = Row::scratch_bytes(call->width);
+  parallel(static_cast<int>(threads), [&](Team& team) {
+    char* scratch = static_cast<char*>(call->scratch) + team.rank() * scratch_bytes;
+    team.for_each(0, call->num_rows, 1, [&](int64_t row, int64_t) {
+      call->tokens[row] = Row(*call, chosen, call->logits + row * call->width, call->asked[row], scratch).choose();
+    });
+  });
+}
+}

@@ -1,0 +1,165 @@
+"""Both ways of choosing a token do what the filters' definitions say, and the compiled one keeps a row's bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixtral_serve.kernels import native
+from mixtral_serve.kernels.native import Isa, best_isa, limited_to
+from mixtral_serve.kernels.native_choice import NOT_FINITE, UNSETTLED
+from mixtral_serve.model.choice import choose_natively, choose_with_operators
+from mixtral_serve.model.draws import Asked, draw_exactly
+
+Choose: TypeAlias = Callable[..., list[int | None]]
+
+has_native = pytest.mark.skipif(not native.is_available(), reason="the compiled kernels are not installed")
+WAYS = [pytest.param(choose_natively, marks=has_native, id="native"), pytest.param(choose_with_operators, id="torch")]
+
+asked = st.builds(
+    Asked,
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 5, 64, 700, 100_000]),
+    top_p=st.sampled_from([1.0, 0.977, 0.503, 0.031]),
+    min_p=st.sampled_from([0.0, 0.013, 0.7]),
+    draw=st.floats(0, 1, exclude_max=True),
+)
+
+
+def logits_of(num_rows: int, width: int, seed: int, *, scale: float = 3.0, num_forbidden: int = 0) -> torch.Tensor:
+    """Random rows in which some tokens, but not all, are forbidden."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, width, generator=generator) * scale
+    for row in logits:
+        row[torch.randperm(width, generator=generator)[: min(num_forbidden, width - 1)]] = -torch.inf
+    return logits
+
+
+def shares_up_to(logits: torch.Tensor, params: Asked, token: int) -> tuple[float, float]:
+    """Of the distribution over all tokens: the share of those before ``token``, and with it."""
+    reached = (logits.double() / params.temperature).softmax(dim=-1).cumsum(dim=-1)
+    return (float(reached[token - 1]) if token else 0.0), float(reached[token])
+
+
+def filters(params: Asked, width: int) -> bool:
+    return 0 < params.top_k < width or params.top_p < 1 or params.min_p > 0
+
+
+def check(choose: Choose, logits: torch.Tensor, rows: Sequence[Asked]) -> None:
+    """Every token is the one that the definitions give; without filters, within what fp32 can tell."""
+    found, exact = choose(logits, rows, is_raw=False), draw_exactly(logits, rows)
+    for row, params, token, wanted in zip(logits, rows, found, exact, strict=True):
+        assert token is not None
+        if filters(params, len(row)):
+            assert token == wanted, params
+        else:
+            before, after = shares_up_to(row, params, token)
+            assert before - 1e-5 <= params.draw <= after + 1e-5
+            assert row[token] > -torch.inf
+
+
+@pytest.mark.parametrize("choose", WAYS)
+@given(
+    rows=st.lists(asked, min_size=1, max_size=5),
+    width=st.integers(1, 1500),
+    seed=st.integers(0, 2**32),
+    num_forbidden=st.sampled_from([0, 3, 1490]),
+)
+def test_a_token_is_the_one_that_the_definitions_give(
+    choose: Choose, rows: list[Asked], width: int, seed: int, num_forbidden: int
+) -> None:
+    check(choose, logits_of(len(rows), width, seed, num_forbidden=num_forbidden), rows)
+
+
+@pytest.mark.parametrize("choose", WAYS)
+@pytest.mark.parametrize(
+    ("params", "scale"),
+    [
+        (Asked(1.0, 0, 0.9, 0.0, 0.77), 0.1),  # a nucleus of most of the vocabulary
+        (Asked(1.0, 2500, 1.0, 0.0, 0.77), 1.0),  # more than are ranked
+        (Asked(1.0, 300, 0.9, 0.0, 0.77), 1.0),  # more than there are chunks
+        (Asked(0.5, 0, 0.6, 0.0, 0.3), 0.0),  # all are equal, and more than there is room for
+        (Asked(0.5, 40, 1.0, 0.0, 0.99), 0.0),
+        (Asked(1.0, 0, 1.0, 0.4, 0.5), 0.0),
+    ],
+)
+def test_rows_that_the_likely_few_do_not_settle_are_settled_all_the_same(
+    choose: Choose, params: Asked, scale: float
+) -> None:
+    check(choose, logits_of(3, 9000, seed=1, scale=scale), [params] * 3)
+
+
+@pytest.mark.parametrize("choose", WAYS)
+def test_a_likely_token_behind_thousands_of_equals_is_not_overlooked(choose: Choose) -> None:
+    logits = torch.zeros(1, 9000)
+    logits[0, -1] = 9.0
+    check(choose, logits, [Asked(1.0, 40, 1.0, 0.0, 0.9)])
+
+
+@has_native
+def test_the_kernel_hands_back_what_it_cannot_settle_and_what_is_not_finite() -> None:
+    logits = torch.zeros(3, 9000)
+    logits[1, 17] = torch.nan
+    table = torch.tensor([[1.0, 0, 0.6, 0, 0.3]] * 3, dtype=torch.float64)
+    table[2, 2] = 1.0
+    tokens = torch.ops.mixtral_serve.choose_tokens(logits, table, True).tolist()
+    assert tokens[:2] == [UNSETTLED, NOT_FINITE]
+    assert tokens[2] == 2700
+
+
+@pytest.mark.parametrize("choose", WAYS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_raw_row_that_is_not_finite_has_no_token_and_disturbs_none(choose: Choose, bad: float) -> None:
+    logits = logits_of(5, 300, seed=2)
+    rows = [Asked(0, 0, 1, 0, 0), Asked(1, 0, 1, 0, 0.4), Asked(1, 20, 0.9, 0, 0.4), *[Asked(0, 0, 1, 0, 0)] * 2]
+    alone = choose(logits, rows, is_raw=True)
+    logits[4, 123] = bad
+    assert choose(logits, rows, is_raw=True) == [*alone[:4], None]
+
+
+@pytest.mark.parametrize("choose", WAYS)
+@given(seed=st.integers(0, 2**32), width=st.integers(1, 700))
+def test_greedy_takes_the_lowest_id_among_the_largest(choose: Choose, seed: int, width: int) -> None:
+    logits = logits_of(4, width, seed).round()
+    assert choose(logits, [Asked(0, 3, 0.5, 0.1, 0.9)] * 4, is_raw=True) == [
+        row.index(max(row)) for row in logits.tolist()
+    ]
+
+
+@has_native
+@given(rows=st.lists(asked, min_size=4, max_size=4), seed=st.integers(0, 2**32))
+def test_neither_neighbours_nor_threads_nor_instructions_change_a_token(rows: list[Asked], seed: int) -> None:
+    logits = logits_of(4, 40_000, seed)
+    together = choose_natively(logits, rows, is_raw=True)
+    assert [choose_natively(logits[i : i + 1], rows[i : i + 1], is_raw=True) for i in range(4)] == [
+        [token] for token in together
+    ]
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert choose_natively(logits, rows, is_raw=True) == together
+    finally:
+        torch.set_num_threads(num_threads)
+    for isa in Isa:
+        if isa < best_isa():
+            with limited_to(isa):
+                assert choose_natively(logits, rows, is_raw=True) == together
+
+
+@pytest.mark.slow
+@has_native
+def test_it_is_a_proper_operator_and_refuses_what_it_cannot_read() -> None:
+    choose_tokens = torch.ops.mixtral_serve.choose_tokens
+    logits, table = torch.randn(3, 40), torch.tensor([[1.0, 2, 1, 0, 0.5]] * 3, dtype=torch.float64)
+    torch.library.opcheck(choose_tokens.default, (logits, table, True))
+    for bad in (logits.double(), logits[:, ::2], logits[0], torch.zeros(3, 0)):
+        with pytest.raises(ValueError, match="logits must be dense fp32"):
+            choose_tokens(bad, table, True)
+    for bad in (table.float(), table[:2], table[:, :4]):
+        with pytest.raises(ValueError, match=r"asked must be dense fp64 \[3, 5\]"):
+            choose_tokens(logits, bad, True)
