@@ -151,6 +151,20 @@ def test_neither_neighbours_nor_threads_nor_instructions_change_a_token(rows: li
                 assert choose_natively(logits, rows, is_raw=True) == together
 
 
+@has_native
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("stride", [1, 7, 700])
+def test_numbers_that_nobody_should_pass_lead_nowhere_outside_the_row(bad: float, stride: int) -> None:
+    logits = logits_of(6, 3000, seed=5)
+    logits[:, ::stride] = bad
+    rows = [(0, 0, 1, 0, 0), (1, 0, 1, 0, 0.99), (1, 40, 1, 0, 0.9), (1, 0, 0.9, 0, 0.5), (1, 900, 1, 0, 0.9)]
+    table = torch.tensor([*rows, (1, 0, 1, 0.1, 0.9)], dtype=torch.float64)
+    tokens = torch.ops.mixtral_serve.choose_tokens(logits, table, False).tolist()
+    assert all(NOT_FINITE <= token < 3000 for token in tokens)
+    if stride == 1:
+        assert tokens == [NOT_FINITE] * 6
+
+
 @pytest.mark.slow
 @has_native
 def test_it_is_a_proper_operator_and_refuses_what_it_cannot_read() -> None:

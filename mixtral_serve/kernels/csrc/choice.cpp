@@ -5,6 +5,8 @@
 // chunks give. Where that does not settle it (a nucleus wider than some thousand tokens, a cut that hangs on rounding,
 // thousands of equals) the row is handed back.
 //
+// Whatever the numbers are, a token lies within the row.
+//
 // The law: a token depends on nothing but its row. Weights of ranked tokens are std::exp's in fp64, which differs
 // between C libraries in its last bit, but not between instruction sets or threads.
 #include <algorithm>
@@ -120,6 +122,7 @@ class Row {
     const int64_t num_chunks = chunks_of(width_, kRankChunk);
     kernel_.maxima({x_, maxima_, 1, width_, kRankChunk, nullptr, nullptr}, 0, 1);
     peak_ = *std::max_element(maxima_, maxima_ + num_chunks);
+    if (!std::isfinite(peak_)) return kNotFinite;
     if (asked_.temperature == 0.0) return most_likely();
     if (top_k() == 0 && asked_.top_p >= 1.0 && asked_.min_p <= 0.0) return draw_from_all();
     const int64_t first = std::max(kFirstRanked, top_k() + 1);
@@ -171,7 +174,7 @@ class Row {
       if (maxima_[chunk] < threshold) continue;
       const int64_t end = std::min((chunk + 1) * kRankChunk, width_);
       for (int64_t id = chunk * kRankChunk; id < end; ++id) {
-        if (x_[id] < threshold) continue;
+        if (!(x_[id] >= threshold)) continue;  // nor what is not a number: it has no place in an order
         if (num == kCapacity) return 0;
         candidates_[num++] = {x_[id], static_cast<int32_t>(id), 0.0};
       }
