@@ -5,7 +5,8 @@
 Owns: the operator, and the table ``asked`` that it reads. ``model/sampler.py`` says what the parameters mean; rows
 that the kernel cannot settle by looking at the likely few come back as ``UNSETTLED`` (``csrc/choice.cpp``).
 
-Invariant: a row's token is a function of that row alone, for any number of threads and on any instruction set.
+Invariants: a row's token is a function of that row alone, for any number of threads; whatever the numbers are, nothing
+outside the tensors is read, and a token lies within the row.
 
 Rejected: PyTorch's operators, thirty of which touch 64 rows of logits, or what is left of them, to draw a token.
 """

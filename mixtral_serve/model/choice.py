@@ -43,11 +43,8 @@ def choose_natively(logits: torch.Tensor, asked: Sequence[Asked], *, is_raw: boo
         return []
     table = torch.frombuffer(array("d", chain.from_iterable(asked)), dtype=torch.float64).view(-1, NUM_ASKED)
     tokens: list[int] = _choose_tokens(logits.contiguous(), table, is_raw).tolist()
-    unsettled = [i for i, token in enumerate(tokens) if token == UNSETTLED]
-    if unsettled:
-        exact = draw_exactly(logits[unsettled], [asked[i] for i in unsettled])
-        for i, token in zip(unsettled, exact, strict=True):
-            tokens[i] = token
+    for i in [i for i, token in enumerate(tokens) if token == UNSETTLED]:
+        tokens[i] = draw_exactly(logits[i : i + 1], asked[i : i + 1])[0]  # alone: its bits are its own
     return [None if token == NOT_FINITE else token for token in tokens]
 
 

@@ -159,6 +159,20 @@ def test_experts_nobody_chose_are_not_read(kind: Kind) -> None:
     assert torch.equal(operator(hidden, ids, weights, *poisoned), experts(hidden, ids, weights))
 
 
+def test_threads_that_come_late_to_a_phase_miss_nothing_and_nobody_waits_for_ever() -> None:
+    """Many more threads than cores: in hundreds of calls of five phases some arrive when others are done."""
+    experts, hidden = layer("int8", 64, 48), randn(5, 64)
+    ids, weights = routing(5, seed=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = experts(hidden, ids, weights)
+        torch.set_num_threads(12)
+        assert all(torch.equal(experts(hidden, ids, weights), alone) for _ in range(300))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_beyond_one_pass_are_computed_like_the_others(kind: Kind) -> None:
     rows = native_products.PASS_ROWS + 7

@@ -131,6 +131,51 @@ def test_greedy_takes_the_lowest_id_among_the_largest(choose: Choose, seed: int,
     ]
 
 
+FILTERS = [
+    Asked(1.0, 0, 0.9, 0.0, 0.7),
+    Asked(1.0, 0, 1.0, 0.01, 0.7),
+    Asked(1.0, 40, 1.0, 0.0, 0.7),
+    Asked(1.0, 40, 0.9, 0.01, 0.7),
+]
+
+
+@has_native
+@pytest.mark.parametrize("num_allowed", [1, 5, 63, 500, 4000])
+@pytest.mark.parametrize("width", [4100, 32_000])
+def test_where_a_mask_leaves_few_tokens_the_kernel_settles_it(num_allowed: int, width: int) -> None:
+    logits = logits_of(len(FILTERS), width, seed=6, num_forbidden=width - num_allowed)
+    table = torch.tensor(FILTERS, dtype=torch.float64)
+    tokens = torch.ops.mixtral_serve.choose_tokens(logits, table, False).tolist()
+    assert tokens == draw_exactly(logits, FILTERS)
+
+
+def tokens_at(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """What draws from all tokens give, one per row."""
+    table = torch.zeros(len(draws), 5, dtype=torch.float64)
+    table[:, 0], table[:, 2], table[:, 4] = 0.7, 1.0, draws
+    return torch.ops.mixtral_serve.choose_tokens(logits, table, True)
+
+
+@has_native
+def test_the_shares_behind_a_draw_keep_every_bit() -> None:
+    """Between two neighbouring numbers where the token changes, any other bit of any share would show."""
+    logits = logits_of(24, 1001, seed=9, scale=1.0)
+    low, high = torch.full((24,), 0.2, dtype=torch.float64), torch.full((24,), 0.8, dtype=torch.float64)
+    middle = tokens_at(logits, (low + high) / 2)
+    for _ in range(64):
+        draws = (low + high) / 2
+        below = tokens_at(logits, draws) < middle
+        low, high = torch.where(below, draws, low), torch.where(below, high, draws)
+    found = [tokens_at(logits, draws) for draws in (low, high)]
+    assert bool((found[0] < found[1]).all())
+    for isa in Isa:
+        if isa <= best_isa():
+            with limited_to(isa):
+                assert [tokens_at(logits, draws).tolist() for draws in (low, high)] == [part.tolist() for part in found]
+    alone = [[int(tokens_at(logits[i : i + 1], draws[i : i + 1])) for i in range(24)] for draws in (low, high)]
+    assert alone == [part.tolist() for part in found]
+
+
 @has_native
 @given(rows=st.lists(asked, min_size=4, max_size=4), seed=st.integers(0, 2**32))
 def test_neither_neighbours_nor_threads_nor_instructions_change_a_token(rows: list[Asked], seed: int) -> None:
@@ -163,6 +208,20 @@ def test_numbers_that_nobody_should_pass_lead_nowhere_outside_the_row(bad: float
     assert all(NOT_FINITE <= token < 3000 for token in tokens)
     if stride == 1:
         assert tokens == [NOT_FINITE] * 6
+
+
+@has_native
+@given(
+    table=st.lists(
+        st.tuples(*[st.sampled_from([0.0, 1.0, -1.0, 0.5, 1.5, 1e300, 1e-300, -torch.inf, torch.inf, torch.nan])] * 5),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_parameters_that_nobody_should_pass_lead_nowhere_outside_the_row(table: list[tuple[float, ...]]) -> None:
+    logits = logits_of(len(table), 100, seed=5)
+    tokens = torch.ops.mixtral_serve.choose_tokens(logits, torch.tensor(table, dtype=torch.float64), True).tolist()
+    assert all(UNSETTLED <= token < 100 for token in tokens)
 
 
 @pytest.mark.slow

@@ -115,10 +115,12 @@ __attribute__((visibility("default"))) int mixtral_paged_attention(const mixtral
   parallel(useful_threads(*call, pieces), [&](Team& team) {
     float* workspace = call->workspace + team.rank() * workspace_floats(call->head_dim);
     team.for_all(0, call->num_rows, kStoreRun, [&](int64_t first, int64_t end) { store_rows(*call, first, end); });
-    team.for_all(1, call->num_pieces * call->num_kv_heads, 1, [&](int64_t task, int64_t) {
+    const int64_t num_tasks = call->num_pieces * call->num_kv_heads;
+    const auto attend = [&](int64_t task, int64_t) {
       chosen.attend(*call, pieces[task / call->num_kv_heads], task % call->num_kv_heads, workspace);
-    });
-    if (call->num_merges == 0) return;
+    };
+    if (call->num_merges == 0) return team.for_each(1, num_tasks, 1, attend);
+    team.for_all(1, num_tasks, 1, attend);
     team.for_each(2, call->num_merges * call->num_query_heads, 1, [&](int64_t task, int64_t) {
       chosen.merge(*call, merges[task / call->num_query_heads], task % call->num_query_heads, workspace);
     });

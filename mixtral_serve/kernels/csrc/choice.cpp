@@ -7,8 +7,8 @@
 //
 // Whatever the numbers are, a token lies within the row.
 //
-// The law: a token depends on nothing but its row. Weights of ranked tokens are std::exp's in fp64, which differs
-// between C libraries in its last bit, but not between instruction sets or threads.
+// The law: a token depends on nothing but its row. Weights of ranked tokens are std::exp's in fp64, the one number here
+// that the machine's C library has a say in; all else has the same bits on every instruction set.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -19,6 +19,7 @@
 namespace mixtral {
 namespace {
 
+// Limits here and in model/draws.py mean the same and need not be equal.
 constexpr int64_t kUnsettled = -1, kNotFinite = -2;
 constexpr int64_t kThreadWork = 64 << 10;  // numbers that are worth waking a thread
 constexpr int64_t kRankChunk = 64;
@@ -83,22 +84,30 @@ int64_t num_from(const float* x, int64_t count, float least) {
   return num;
 }
 
-// A number that at least `least` of the numbers reach, and hardly more where they differ. Halving the range again and
-// again measured faster than std::nth_element, whose branches nobody can predict.
-float reached_by(const float* x, int64_t count, int64_t least) {
+// Where ranking begins.
+struct Threshold {
+  float value;
+  bool is_lowest;  // all finite numbers reach it
+};
+
+// A number that `least` of the finite numbers reach, or all where there are no more, and hardly more than `least` where
+// they differ. Halving the range again and again measured faster than std::nth_element, whose branches nobody can
+// predict.
+Threshold threshold_of(const float* x, int64_t count, int64_t least) {
   float low = std::numeric_limits<float>::infinity(), high = -low;
   for (int64_t i = 0; i < count; ++i) {
     low = x[i] < low && x[i] > -std::numeric_limits<float>::infinity() ? x[i] : low;
     high = x[i] > high ? x[i] : high;
   }
-  if (num_from(x, count, low) < least) return -std::numeric_limits<float>::infinity();
+  if (num_from(x, count, low) <= least) return {low, true};
+  const float lowest = low;
   for (int step = 0; step < 32; ++step) {
     const float middle = low + (high - low) / 2;
     const int64_t num = num_from(x, count, middle);
     (num >= least ? low : high) = middle;
     if (num >= least && num <= least + least / 4) break;
   }
-  return low;
+  return {low, low == lowest};
 }
 
 class Row {
@@ -135,7 +144,10 @@ class Row {
 
  private:
   // 0 where it is off.
-  int64_t top_k() const { return asked_.top_k < static_cast<double>(width_) ? static_cast<int64_t>(asked_.top_k) : 0; }
+  int64_t top_k() const {
+    const bool is_on = asked_.top_k > 0.0 && asked_.top_k < static_cast<double>(width_);
+    return is_on ? static_cast<int64_t>(asked_.top_k) : 0;
+  }
 
   // The lowest id among equals.
   int64_t most_likely() const {
@@ -163,18 +175,22 @@ class Row {
     return first + invert(count, std::clamp(inside, 0.0, 1.0), weight).index;
   }
 
-  // Collects all numbers from a threshold on, `least` of them or more, in order; how many, or 0 if there is no room.
+  // Collects `least` numbers or more, in order, and never what is forbidden; how many, or 0 if there is no room.
   int64_t rank(int64_t least) {
     const int64_t num_chunks = chunks_of(width_, kRankChunk);
     // Every chunk whose largest number reaches the threshold has a number that does.
-    const float threshold =
-        least < num_chunks ? reached_by(maxima_, num_chunks, least) : reached_by(x_, width_, least);
+    Threshold threshold = threshold_of(maxima_, num_chunks, least);
+    is_all_ = false;
+    if (threshold.is_lowest) {  // too few chunks have numbers: a mask left few tokens, or many are to be ranked
+      threshold = threshold_of(x_, width_, least);
+      is_all_ = threshold.is_lowest;
+    }
     int64_t num = 0;
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-      if (maxima_[chunk] < threshold) continue;
+      if (maxima_[chunk] < threshold.value) continue;
       const int64_t end = std::min((chunk + 1) * kRankChunk, width_);
       for (int64_t id = chunk * kRankChunk; id < end; ++id) {
-        if (!(x_[id] >= threshold)) continue;  // nor what is not a number: it has no place in an order
+        if (!(x_[id] >= threshold.value)) continue;  // nor what is not a number: it has no place in an order
         if (num == kCapacity) return 0;
         candidates_[num++] = {x_[id], static_cast<int32_t>(id), 0.0};
       }
@@ -202,7 +218,7 @@ class Row {
       if (reached < asked_.top_p * total) ++nucleus;
     }
     if (asked_.top_p < 1.0) kept = std::min(kept, nucleus);
-    int64_t likely = 0;
+    int64_t likely = 1;
     while (likely < num && candidates_[likely].weight >= asked_.min_p) ++likely;
     return std::min(kept, likely);
   }
@@ -212,14 +228,14 @@ class Row {
     double total = 0.0;
     for (int64_t i = 0; i < num; ++i) total += candidates_[i].weight;
     int64_t kept = num_kept(num, total);
-    if (num < width_ && asked_.top_p < 1.0 && top_k() == 0) {
+    if (!is_all_ && asked_.top_p < 1.0 && top_k() == 0) {
       sum_shares();
       total = 0.0;
       for (int64_t i = 0; i < chunks_of(width_, kDrawChunk); ++i) total += static_cast<double>(shares_[i]);
       kept = num_kept(num, total * (1.0 + kTotalError));
       if (kept != num_kept(num, total * (1.0 - kTotalError))) return kUnsettled;
     }
-    if (kept >= num && num < width_) return kUnsettled;
+    if (kept >= num && !is_all_) return kUnsettled;
     std::sort(candidates_, candidates_ + kept, [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
     return candidates_[invert(kept, asked_.draw, [&](int64_t i) { return candidates_[i].weight; }).index].id;
   }
@@ -230,6 +246,7 @@ class Row {
   const int64_t width_;
   const bool is_raw_;
   float peak_ = 0.0f;
+  bool is_all_ = false;    // every token with a weight is ranked
   Candidate* candidates_;  // [kCapacity]
   float* maxima_;          // [chunks of kRankChunk]
   float* shares_;          // [chunks of kDrawChunk]

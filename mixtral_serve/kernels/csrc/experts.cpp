@@ -23,8 +23,8 @@ int64_t tiles_of(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRo
 class ExpertTasks {
  public:
   // `starts` [num_experts + 1] is filled in.
-  ExpertTasks(const Routing& routing, const Matrix& matrix, int64_t num_units, int num_threads, int64_t* starts)
-      : routing_(routing), num_units_(num_units), num_groups_(matrix.num_groups), num_threads_(num_threads),
+  ExpertTasks(const Routing& routing, const PackedRows& rows, int64_t num_units, int num_threads, int64_t* starts)
+      : routing_(routing), num_units_(num_units), row_bytes_(rows.row_bytes()), num_threads_(num_threads),
         starts_(starts) {
     starts[0] = 0;
     for (int64_t e = 0; e < routing.num_experts; ++e) {
@@ -41,11 +41,11 @@ class ExpertTasks {
 
  private:
   TaskGrid grid(int64_t expert) const {
-    return TaskGrid(routing_.segments[expert], num_units_, num_groups_, num_threads_);
+    return TaskGrid(routing_.segments[expert], num_units_, row_bytes_, num_threads_);
   }
 
   const Routing& routing_;
-  int64_t num_units_, num_groups_;
+  int64_t num_units_, row_bytes_;
   int num_threads_;
   int64_t* starts_;
 };
@@ -73,8 +73,8 @@ class Experts {
   }
 
   void run() {
-    const ExpertTasks up_tasks(routing_, w1_, w1_.num_tiles, call_.num_threads, up_starts_);
-    const ExpertTasks down_tasks(routing_, w2_, (w2_.num_tiles + 1) / 2, call_.num_threads, down_starts_);
+    const ExpertTasks up_tasks(routing_, rows_, w1_.num_tiles, call_.num_threads, up_starts_);
+    const ExpertTasks down_tasks(routing_, inner_rows_, (w2_.num_tiles + 1) / 2, call_.num_threads, down_starts_);
     const int64_t slots = call_.num_rows * call_.k;
     parallel(call_.num_threads, [&](Team& team) {
       team.for_all(0, slots, 1, [&](int64_t slot, int64_t) {

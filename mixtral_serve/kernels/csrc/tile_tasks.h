@@ -53,10 +53,9 @@ class TaskGrid {
   // for hundreds of rows.
   static constexpr int64_t kPartBytes = int64_t{4} << 20;
 
-  TaskGrid(const Segment& segment, int64_t num_units, int64_t num_groups, int num_threads)
+  TaskGrid(const Segment& segment, int64_t num_units, int64_t row_bytes, int num_threads)
       : num_units_(num_units), num_blocks_(segment.num_blocks()) {
-    const int64_t block_bytes = num_groups * kGroupCols * kMaxBlockRows;
-    blocks_per_part_ = std::max<int64_t>(1, kPartBytes / block_bytes);
+    blocks_per_part_ = std::max<int64_t>(1, kPartBytes / (row_bytes * kMaxBlockRows));
     num_parts_ = (num_blocks_ + blocks_per_part_ - 1) / blocks_per_part_;
     // Runs of neighbouring tiles read long stretches; many tasks per thread end at nearly the same time.
     units_per_run_ = std::clamp<int64_t>(num_units / (num_threads * 16), 1, 8);
