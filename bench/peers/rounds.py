@@ -1,8 +1,8 @@
 """The measurement itself: every contender, every row, again and again, one computing at a time.
 
-Owns: ``Fleet`` (which workers are loaded) and ``measure``. A round visits the contenders one after
-another, each round beginning with the next one; who is not being measured sleeps, or is not loaded where memory is
-short. So every contender meets the same machine within minutes, and what drifts is in all figures alike.
+Owns: ``Fleet`` (which workers are loaded) and ``measure``. In a round those that stay loaded take turns row by row,
+each row beginning with the next one, and sleep in between: a row's figures lie seconds apart, and what drifts is in all
+of them alike. Where memory is short, the others are loaded one after another, each for all rows.
 
 Invariant: one contender's failure is a reason in the results and disturbs no other.
 """
@@ -52,6 +52,10 @@ class Fleet:
         self._staying = staying
         self._asleep: dict[str, Asked] = {}
 
+    def stays(self, name: str) -> bool:
+        """Whether the contender stays loaded between its visits."""
+        return name in self._staying
+
     @contextlib.contextmanager
     def visit(self, name: str) -> Iterator[_Visit]:
         """The contender's worker, awake; afterwards it sleeps or is gone."""
@@ -60,7 +64,7 @@ class Fleet:
             yield visit
         finally:
             worker = visit.worker
-            if worker is not None and worker.is_alive and name in self._staying:
+            if worker is not None and worker.is_alive and self.stays(name):
                 worker.sleep()
                 self._asleep[name] = worker
             elif worker is not None:
@@ -128,14 +132,29 @@ def measure(
     for number in range(plan.num_rounds):
         with held(lock):
             results.bandwidth.append(read_bandwidth())
-        turn = number % max(1, len(contenders))
-        for name in (*contenders[turn:], *contenders[:turn]):
+        for name, rows in _turns(plan, contenders, fleet, number):
             if name not in results.failures:
-                note(f"round {number + 1} of {plan.num_rounds}: {name}")
+                note(f"round {number + 1} of {plan.num_rounds}, {' and '.join(map(str, rows))}: {name}")
                 with fleet.visit(name) as visit:
-                    _Turn(plan, name, visit, results, steps, lock).take(number)
+                    _Turn(plan, name, visit, results, steps, lock).take(rows, number)
         on_round(results)
     return results
+
+
+def _turns(plan: Plan, contenders: Sequence[str], fleet: Fleet, number: int) -> list[tuple[str, tuple[Row, ...]]]:
+    """Who computes what in a round, in order."""
+    staying = [name for name in contenders if fleet.stays(name)]
+    others = [name for name in contenders if not fleet.stays(name)]
+    anew = [(name, plan.rows) for name in _rotated(others, number)]
+    turns = anew if number % 2 else []
+    for at, row in enumerate(plan.rows):
+        turns += [(name, (row,)) for name in _rotated(staying, number + at)]
+    return turns if number % 2 else turns + anew
+
+
+def _rotated(names: Sequence[str], by: int) -> Sequence[str]:
+    at = by % max(1, len(names))
+    return (*names[at:], *names[:at])
 
 
 class _Turn:
@@ -157,13 +176,13 @@ class _Turn:
         self._steps = steps
         self._lock = lock
 
-    def take(self, number: int) -> None:
-        """Measure every row once. Loading shares the lock with others; measuring does not."""
+    def take(self, rows: Sequence[Row], number: int) -> None:
+        """Measure each of ``rows`` once. Loading shares the lock with others; measuring does not."""
         with held(self._lock, shared=True):
             is_loaded = self._loaded(self._visit.load) is not None
         if is_loaded:
             with held(self._lock):
-                for row in self._plan.rows:
+                for row in rows:
                     if (self._name, row) not in self._results.row_failures:
                         self._take_row(row, number)
 

@@ -102,6 +102,16 @@ def test_rounds_begin_with_one_contender_after_the_other() -> None:
     assert len(results.bandwidth) == 3
 
 
+def test_those_that_stay_take_turns_row_by_row_and_the_others_do_all_rows_at_once() -> None:
+    world = World(staying=("a", "b"))
+    results = world.measure("a", "x", "b", rows=(ONE, FOUR), rounds=2)
+    asked = [line.split() for line in world.diary if " decode " in line and " 20 " in line]
+    first = [("a", "1"), ("b", "1"), ("b", "4"), ("a", "4"), ("x", "1"), ("x", "4")]
+    second = [("x", "1"), ("x", "4"), ("b", "1"), ("a", "1"), ("a", "4"), ("b", "4")]
+    assert [(name, batch) for name, _, batch, *_ in asked] == [*first, *second]
+    assert all(len(samples) == 2 for samples in results.samples.values())
+
+
 def test_those_that_stay_sleep_between_their_turns_and_the_others_are_loaded_anew() -> None:
     world = World(staying=("a",))
     world.measure("a", "b", rounds=2)
