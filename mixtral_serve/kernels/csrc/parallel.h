@@ -24,7 +24,7 @@ void set_runtime(const Runtime& runtime);
 // Hands out the tasks of one phase and knows when all of them are done.
 //
 // Between phases, who has nothing left to do waits for work that somebody began and not for a thread: one that is still
-// being woken may miss a phase. (With a barrier instead, a product of a millisecond lost a twentieth of its time before it began.)
+// being woken may miss a phase.
 class Phase {
  public:
   // Tasks that nobody has taken yet: the first of `run`.

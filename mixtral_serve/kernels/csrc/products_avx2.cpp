@@ -5,7 +5,7 @@
 // widened as they are loaded, once for all rows, and the product of 16 bits adds pairs in 32: as many multiplications
 // as bytes would take (|weight| times the row with the weight's sign, then the widening), without the signs.
 //
-// Rejected for int8: the signs (they compete with the products for the same units: an eighth slower on Zen 4).
+// Rejected for int8: the signs (they compete with the products for the same units: a sixth slower on Zen 4).
 #include <cstdint>
 #include <limits>
 
