@@ -135,7 +135,7 @@ def random_matrix(kind: Kind, num_rows: int, num_cols: int, *, num_matrices: int
     for first in range(0, quants.numel(), FILL):
         part = quants[first : first + FILL]
         part.copy_(piece[: part.numel()])
-    matrix.scales.fill_(1 / 128)
+    matrix.fill_scales(1 / 128)
     return matrix
 
 

@@ -27,6 +27,7 @@ _SMALL_BLOCK_ELEMENTS: Final = (1 << 22) + 1
 _GAIN_OF_ROUTERS: Final = 2.0
 """Scores that are well apart: each expert is chosen for a reason, and by another token than its neighbour."""
 
+_MEAN_MULTIPLIER: Final = 100.0
 QUANT_STD: Final[dict[Kind, float]] = {"int4": math.sqrt((15**2 - 1) / 12), "int8": math.sqrt((255**2 - 1) / 12)}
 """Of quantised values that are uniform from -7 to 7, and from -127 to 127."""
 
@@ -51,7 +52,7 @@ def fill_synthetic(
                 raise ValueError(f"{name} [{place.num_rows}, {place.num_cols}] has padding")
             noise.fill(place.quants, noise.quants(place.kind))
             factor = 1 / (QUANT_STD[place.kind] * math.sqrt(place.num_cols))
-            noise.fill(place.scales, noise.scales(place.scales.dtype, factor))
+            noise.fill_scales(place, factor)
         elif place.dim() == 1:
             place.copy_(1 + 0.1 * torch.randn(place.shape, generator=noise.generator))
         else:
@@ -78,13 +79,14 @@ class _Noise:
 
         return self._kept(kind, draw)
 
-    def scales(self, dtype: torch.dtype, factor: float) -> torch.Tensor:
+    def fill_scales(self, place: PackedMatrix, factor: float) -> None:
         """About ``factor``, a quarter up or down."""
-
-        def draw() -> torch.Tensor:
-            return ((torch.rand(_SMALL_BLOCK_ELEMENTS, generator=self.generator) / 2 + 0.75) * factor).to(dtype)
-
-        return self._kept((dtype, factor), draw)
+        if place.kind == "int8":
+            self.fill(place.scales, self._kept("scales", lambda: self._between(0.75, 1.25)), factor)
+            return
+        self.fill(place.scales, self._kept("multipliers", self._multipliers))
+        for section in place.sections():
+            section.scales.fill_(factor / _MEAN_MULTIPLIER)
 
     def normal(self, dtype: torch.dtype) -> torch.Tensor:
         """Mean 0 and standard deviation 1."""
@@ -100,6 +102,12 @@ class _Noise:
             start, begin = 0, begin + piece.numel()
         if gain != 1.0:
             flat.mul_(gain)
+
+    def _multipliers(self) -> torch.Tensor:
+        return self._between(0.75, 1.25).mul_(_MEAN_MULTIPLIER).to(torch.uint8)
+
+    def _between(self, least: float, end: float) -> torch.Tensor:
+        return torch.rand(_SMALL_BLOCK_ELEMENTS, generator=self.generator) * (end - least) + least
 
     def _bytes(self, least: int, end: int) -> torch.Tensor:
         return torch.randint(least, end, (_BLOCK_ELEMENTS,), dtype=torch.uint8, generator=self.generator)

@@ -33,6 +33,7 @@ class Isa(IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512_VNNI = 2
+    AMX = 3
 
 
 @functools.cache

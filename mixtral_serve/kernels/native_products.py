@@ -25,7 +25,7 @@ from typing import Final
 
 import torch
 
-from mixtral_serve.kernels.formats import GROUP_COLS, TILE_ROWS, Kind
+from mixtral_serve.kernels.formats import GROUP_COLS, TILE_ROWS, Kind, int4_scale_bytes
 from mixtral_serve.kernels.native import library
 
 PASS_ROWS: Final = 512
@@ -36,7 +36,7 @@ MAX_CHOSEN: Final = 64
 """Experts per row."""
 
 KIND_NUMBERS: Final[dict[Kind, int]] = {"int8": 0, "int4": 1}
-_SCALE_DTYPES: Final[dict[Kind, torch.dtype]] = {"int8": torch.float32, "int4": torch.bfloat16}
+_SCALE_DTYPES: Final[dict[Kind, torch.dtype]] = {"int8": torch.float32, "int4": torch.uint8}
 
 
 class KernelArgumentError(ValueError):
@@ -168,9 +168,9 @@ def check_packed(name: str, quants: torch.Tensor, scales: torch.Tensor, *, kind:
     *leading, num_rows, num_cols = dims
     tiles, groups = -(-num_rows // TILE_ROWS), -(-num_cols // GROUP_COLS)
     lines = (groups * GROUP_COLS // 4, 64) if kind == "int8" else (groups, 256)
-    per_tile = (TILE_ROWS,) if kind == "int8" else (groups, TILE_ROWS)
+    per_tile = TILE_ROWS if kind == "int8" else int4_scale_bytes(groups)
     _check_dense(f"{name}quants", quants, torch.uint8, (*leading, tiles, *lines))
-    _check_dense(f"{name}scales", scales, _SCALE_DTYPES[kind], (*leading, tiles, *per_tile))
+    _check_dense(f"{name}scales", scales, _SCALE_DTYPES[kind], (*leading, tiles, per_tile))
 
 
 class NativeLinear:

@@ -66,7 +66,7 @@ def reference_linear(x: torch.Tensor, weight: PackedMatrix) -> torch.Tensor:
         tiles = slice(first, first + _TILES_AT_ONCE)
         part = PackedMatrix(weight.kind, 0, 0, weight.quants[tiles], weight.scales[tiles])
         dense = integers(part).double()
-        group_scales = row_scales(part).double()
+        group_scales = row_scales(part)
         scaled = (dense.view(dense.shape[0], group_scales.shape[1], -1) * group_scales.unsqueeze(-1)).view(dense.shape)
         out[:, first * TILE_ROWS : first * TILE_ROWS + dense.shape[0]] = padded @ scaled.t()
     return (out[:, : weight.num_rows] * scales.double()).float()

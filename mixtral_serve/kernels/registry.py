@@ -144,5 +144,5 @@ def _sample(kind: Kind, dims: tuple[int, int]) -> PackedMatrix:
     num_rows, num_cols = dims
     matrix = PackedMatrix.empty(kind, max(1, min(num_rows, _MOST_ELEMENTS // num_cols)), num_cols)
     matrix.quants.fill_(0x99)
-    matrix.scales.fill_(1 / 128)
+    matrix.fill_scales(1 / 128)
     return matrix

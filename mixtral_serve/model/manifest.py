@@ -68,7 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The contents of ``manifest.json``."""
 
     format: Literal["mixtral-serve packed checkpoint"] = FORMAT
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[2] = FORMAT_VERSION
     tool: str
     """Program and version that wrote it."""
     weights: Packing

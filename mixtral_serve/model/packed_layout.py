@@ -18,9 +18,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from mixtral_serve.model.shape import EMBEDDING, GROUP_SIZE, HEAD, ROW_TILE, ModelShape, Packing
+from mixtral_serve.model.shape import (
+    EMBEDDING,
+    GROUP_SIZE,
+    HEAD,
+    ROW_TILE,
+    ModelShape,
+    Packing,
+    int4_scale_bytes,
+)
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 ENDS_FILE: Final = "embedding-and-head.safetensors"
 """The file of what is in no layer."""
 
@@ -76,7 +84,7 @@ class MatrixSpec:
             )
         return (
             (f"{self.name}.quants", "U8", (*leading, tiles, groups, ROW_TILE * GROUP_SIZE // 2)),
-            (f"{self.name}.scales", "BF16", (*leading, tiles, groups, ROW_TILE)),
+            (f"{self.name}.scales", "U8", (*leading, tiles, int4_scale_bytes(self.num_cols))),
         )
 
 

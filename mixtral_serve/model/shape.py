@@ -29,19 +29,26 @@ KV_SCALE_BYTES: Final[dict[KVDtype, int]] = {"fp32": 0, "bf16": 0, "int8": 4}
 ROW_TILE: Final = 16
 """A packed matrix has a multiple of so many outputs; the others are zero."""
 GROUP_SIZE: Final = 32
-"""Inputs that share one int4 scale; every packed matrix has a multiple of so many inputs."""
+"""Inputs that share one int4 multiplier; every packed matrix has a multiple of so many inputs."""
+SECTION_SIZE: Final = 128 * GROUP_SIZE
+"""Inputs that share one int4 scale."""
+
+
+def int4_scale_bytes(num_cols: int) -> int:
+    """Of one tile of rows: an fp32 scale per row and section, and a multiplier of one byte per row and group."""
+    return ROW_TILE * (4 * -(-num_cols // SECTION_SIZE) + -(-num_cols // GROUP_SIZE))
 
 
 def packed_bytes(packing: Packing, num_rows: int, num_cols: int) -> int:
     """Bytes of a packed matrix of ``num_rows`` outputs and ``num_cols`` inputs, padding and scales included.
 
-    int4: half a byte per weight and a bf16 scale per group of 32 inputs and output. int8: a byte per weight and
-    an fp32 scale per output.
+    int4: half a byte per weight, a byte per group of 32 inputs and output, and an fp32 scale per section of 4096 inputs
+    and output. int8: a byte per weight and an fp32 scale per output.
     """
     rows = -(-num_rows // ROW_TILE) * ROW_TILE
     cols = -(-num_cols // GROUP_SIZE) * GROUP_SIZE
     if packing == "int4":
-        return rows * cols // 2 + 2 * rows * (cols // GROUP_SIZE)
+        return rows * cols // 2 + rows // ROW_TILE * int4_scale_bytes(num_cols)
     return rows * cols + 4 * rows
 
 

@@ -87,6 +87,30 @@ def test_product_is_within_its_bound_of_float64_and_the_same_on_every_instructio
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@given(
+    num_cols=st.one_of(st.integers(4000, 4200), st.integers(8100, 8300)),
+    rows=st.integers(1, 80),
+    outliers=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_wide_rows_of_several_sections_are_within_the_same_bound_on_every_instruction_set(
+    kind: Kind, num_cols: int, rows: int, outliers: int, seed: int
+) -> None:
+    dense, x = randn(20, num_cols, seed=seed), randn(rows, num_cols, seed=seed + 1)
+    for column in range(outliers):  # multipliers from 1 to 127, of both signs
+        dense[:, column * 1301] *= 10.0 ** (column + 1)
+    weight = quantize(dense, kind)
+    expected, bound = reference(x, weight)
+    results = []
+    for isa in isas():
+        with limited_to(isa):
+            results.append(linear(x, weight))
+    assert bool(((results[0].double() - expected).abs() <= bound).all())
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isa", list(Isa), ids=lambda isa: isa.name.lower())
 def test_row_has_the_same_bits_alone_and_at_any_place_of_any_batch(kind: Kind, isa: Isa) -> None:
     if isa not in isas():
@@ -143,14 +167,16 @@ def test_adversarial_rows_are_right_and_touch_no_neighbour(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_largest_sums_fit(kind: Kind) -> None:
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_largest_sums_fit(kind: Kind, rows: int, sign: float) -> None:
     num_cols = native_products.MAX_COLS
-    weight = quantize(torch.ones(16, num_cols), kind)
-    x = torch.ones(1, num_cols)
+    weight = quantize(torch.full((16, num_cols), sign), kind)
+    x = torch.ones(rows, num_cols)
     expected = (dequantize(weight).double() @ x[0].double())[0].item()
     for isa in isas():
         with limited_to(isa):
-            assert linear(x, weight)[0, 0].item() == pytest.approx(expected, rel=1e-5)
+            assert linear(x, weight)[-1, 0].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -64,6 +64,16 @@ def test_the_compiled_quantiser_gives_the_bits_of_the_definition(num_rows, num_c
 
 
 @needs_native
+@pytest.mark.parametrize("values", sorted(SHAPES_OF_VALUES))
+@pytest.mark.parametrize("num_cols", [4096, 4097, 8230])
+def test_sections_have_the_bits_of_the_definition(values: str, num_cols: int) -> None:
+    weight = SHAPES_OF_VALUES[values](noise(18, num_cols))
+    for isa in native.Isa:
+        with native.limited_to(isa):
+            assert same(quantize_matrix(weight, "int4"), quantize(weight, "int4")), isa
+
+
+@needs_native
 @kinds
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
 def test_the_bits_do_not_depend_on_the_number_of_threads(kind: Kind, num_threads: int) -> None:
@@ -117,15 +127,24 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_row() -> None:
 
 
 def test_int4_errs_less_than_the_best_plain_scale_does() -> None:
-    """The plain way: the largest value of a group becomes -8, rounded to the format's scales."""
+    """The plain way: the largest value of a group becomes -8, with a scale in full precision."""
     weight = noise(256, 512)
     groups = weight.view(256, -1, 32)
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    scales = (largest / -8).bfloat16().float()
+    scales = largest / -8
     plain = ((groups / scales).round().clamp(-8, 7) * scales).view(256, 512)
     error = (dequantize(quantize_matrix(weight, "int4")) - weight).square().mean()
     assert error < 0.9 * (plain - weight).square().mean()
     assert error.sqrt() < 0.085 * weight.square().mean().sqrt()
+
+
+def test_groups_that_are_small_beside_their_section_keep_their_values() -> None:
+    """A group a hundredth as large as the largest still has a scale of its own, if a coarse one."""
+    weight = noise(16, 4096)
+    weight[:, :32] *= 100
+    found = dequantize(quantize_matrix(weight, "int4"))
+    error = (found - weight)[:, 32:].square().mean().sqrt() / weight[:, 32:].square().mean().sqrt()
+    assert error < 0.25
 
 
 @kinds

@@ -1,11 +1,37 @@
 #include "cpu.h"
 
 #include <atomic>
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mixtral {
 namespace {
 
 std::atomic<int> g_asked{-1};
+
+#if defined(__x86_64__) && defined(__linux__)
+// Whether this process may use AMX for bytes: the CPU has it, the kernel saves its registers, and grants them when
+// asked (they are large, so Linux gives them to those processes only that ask).
+bool has_amx_int8() {
+  constexpr unsigned kTilesAndBytes = 3u << 24, kOsSavesMore = 1u << 27;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTilesAndBytes) != kTilesAndBytes) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsSavesMore) == 0) return false;
+  constexpr uint32_t kTileState = 3u << 17;
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_amx_int8() { return false; }
+#endif
 
 }  // namespace
 
@@ -16,7 +42,7 @@ Isa best_isa() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni")) {
-    return Isa::avx512vnni;
+    return has_amx_int8() ? Isa::amx : Isa::avx512vnni;
   }
   if (avx2) return Isa::avx2;
 #endif

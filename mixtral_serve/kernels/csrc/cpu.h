@@ -3,9 +3,9 @@
 
 namespace mixtral {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2, amx = 3 };
 
-// The best one this CPU (and its operating system) has.
+// The best one this CPU has and its operating system lets this process use.
 Isa best_isa();
 
 // The one in use: the best one, or a lesser one that was asked for.

@@ -69,7 +69,7 @@ class Experts {
     down_ = scratch.take<float>(slots * call.num_cols);
     up_starts_ = scratch.take<int64_t>(call.num_experts + 1);
     down_starts_ = scratch.take<int64_t>(call.num_experts + 1);
-    routing_.sort(call.ids, call.weights, call.num_rows);
+    routing_.sort(call.ids, call.weights, call.num_rows, kernels_);
   }
 
   void run() {
@@ -98,18 +98,14 @@ class Experts {
   void gate_and_up(const ExpertTasks& tasks, int64_t index) const {
     int64_t expert;
     const Task task = tasks.find(index, expert);
-    const Segment& segment = routing_.segments[expert];
     const Matrix w1 = w1_.at(expert), w3 = w3_.at(expert);
+    const Run run(rows_, routing_.segments[expert], task);
     for (int64_t tile = task.first_unit; tile < task.end_unit; ++tile) {
-      Tile tiles[2] = {w1.tile(tile, 1), w3.tile(tile, 1)};
-      for (int64_t b = task.first_block; b < task.end_block; ++b) {
-        const Block block = rows_.block(segment, b);
-        set_visit(tiles, task, b);
-        float both[kMaxBlockRows * 2 * kTileRows];
-        multiply(kernels_, kind_, block, tiles, 2, both, 2 * kTileRows);
-        const int64_t slot = segment.first_row + segment.block_start(b);
-        kernels_.gate(both, block.num_rows, inner_ + slot * inner_cols_ + tile * kTileRows, inner_cols_);
-      }
+      const Tile tiles[2] = {w1.tile(tile, 1), w3.tile(tile, 1)};
+      TwoTiles both;
+      run.multiply(kernels_, kind_, tiles, 2, both, 2 * kTileRows);
+      kernels_.gate(both, static_cast<int>(run.num_rows()), inner_ + run.first_row() * inner_cols_ + tile * kTileRows,
+                    inner_cols_);
     }
   }
 

@@ -7,6 +7,8 @@ namespace mixtral {
 const Kernels& active_kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::amx:
+      return amx_kernels();
     case Isa::avx512vnni:
       return avx512_kernels();
     case Isa::avx2:

@@ -1,7 +1,8 @@
 // products.h for AVX2: eight outputs in the lanes, so a tile is two halves.
 //
 // The byte product of AVX2 adds two products in 16 bits and saturates. int4: 0..15 times -127..127 leaves room for the
-// eight pairs of a group, so one widening per group is enough. int8: rows lie in memory as 16-bit numbers, weights are
+// eight pairs of a group, and the product of 16 bits that widens them multiplies by the group's multiplier as well; the
+// two words of a sum start at an offset of their own, and may wrap on the way, since in the end they fit. int8: rows lie in memory as 16-bit numbers, weights are
 // widened as they are loaded, once for all rows, and the product of 16 bits adds pairs in 32: as many multiplications
 // as bytes would take (|weight| times the row with the weight's sign, then the widening), without the signs.
 //
@@ -81,6 +82,15 @@ inline __m256i quantize_8(Kind kind, const float* x, int64_t count, __m256 inver
   return q;
 }
 
+// What the two words of a group's sums start at: columns 0 and 1 of every four go into the low one, 2 and 3 into the
+// high one. `sum` holds the sums of columns 0..7, modulo 8.
+inline int32_t int4_offsets(__m256i sum) {
+  const __m128i fours = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  const __m128i pairs = _mm_hadd_epi32(fours, fours);
+  const int32_t low = -8 * _mm_cvtsi128_si32(pairs), high = -8 * _mm_extract_epi32(pairs, 1);
+  return static_cast<int32_t>(static_cast<uint32_t>(low & 0xffff) | (static_cast<uint32_t>(high) << 16));
+}
+
 void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
   const uint32_t largest = largest_magnitude(x, num_cols);
   const float absmax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(largest))));
@@ -90,6 +100,7 @@ void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_group
   *place.scale = usable ? absmax / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   const __m256 inverses = _mm256_set1_ps(usable ? inverse : 0.0f);
   const int64_t distance = 4 * place.num_block_rows * (kind == Kind::int8 ? kInt8ColumnBytes : 1);
+  int8_t* first_piece = place.quants + distance / place.num_block_rows * place.row;
   __m256i row_sum = _mm256_setzero_si256();
   for (int64_t g = 0; g < num_groups; ++g) {
     // A row that cannot be used is read as if it had no columns: zeros.
@@ -97,14 +108,14 @@ void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_group
     __m256i sum = _mm256_setzero_si256();
     MIXTRAL_UNROLL
     for (int i = 0; i < kGroupCols / kLanes; ++i) {
-      int8_t* out = place.quants + (g * 8 + 2 * i) * distance;
+      int8_t* out = first_piece + (g * 8 + 2 * i) * distance;
       const float* from = x + first + i * kLanes;
       sum = _mm256_add_epi32(sum, quantize_8(kind, from, count - i * kLanes, inverses, out, distance));
     }
-    if (kind == Kind::int4) place.offsets[g * place.num_block_rows] = -8 * sum_of(sum);
+    if (kind == Kind::int4) place.offsets[g * place.num_block_rows + place.row] = int4_offsets(sum);
     row_sum = _mm256_add_epi32(row_sum, sum);
   }
-  if (kind == Kind::int8) *place.offsets = -128 * sum_of(row_sum);
+  if (kind == Kind::int8) place.offsets[place.row] = -128 * sum_of(row_sum);
 }
 
 inline __m256i broadcast(const int8_t* piece) {
@@ -126,7 +137,8 @@ inline __m256i load_words(const uint8_t* weights) {
 
 // Rows first..first + kRows - 1 of the block with kHalves halves of a tile, from half `half` on.
 template <int kRows, int kHalves>
-void int8_pass(const Block& block, int first, const Tile& tile, int half, float* out, int64_t stride) {
+void int8_pass(const Block& block, int first, const Tile& tile, const Visit& visit, int half, float* out,
+               int64_t stride) {
   constexpr int kQuarters = 2 * kHalves, kPieceBytes = 4 * kInt8ColumnBytes;
   __m256i sums[kRows][kQuarters];  // two sums of each of four outputs
   MIXTRAL_UNROLL
@@ -137,7 +149,7 @@ void int8_pass(const Block& block, int first, const Tile& tile, int half, float*
   const uint8_t* line = tile.quants + 32 * half;
   const int8_t* row = block.quants + kPieceBytes * first;
   const int64_t num_lines = block.num_groups * 8;
-  Ahead ahead = ahead_of(tile, num_lines);
+  Ahead ahead = ahead_of(tile, visit, num_lines);
   for (int64_t c = 0; c < num_lines; ++c, line += 64, row += kPieceBytes * block.num_rows, ahead.quants += ahead.step) {
     if (kRows > 2) prefetch(ahead.quants);
     __m256i weights[kQuarters];
@@ -182,47 +194,75 @@ inline void int4_line(const uint8_t* line, const int8_t* row, int64_t num_block_
   }
 }
 
-// Adds group `g` of one half of a tile to the totals of rows first .. first + kRows - 1.
+// The multipliers of eight outputs, each in both words of its lane.
+inline __m256i load_multipliers(const int8_t* multipliers) {
+  const __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadu_si64(multipliers));
+  return _mm256_blend_epi16(lanes, _mm256_slli_epi32(lanes, 16), 0xaa);
+}
+
+// Adds group `g` of one half of a tile to the section's sums of rows first .. first + kRows - 1.
 template <int kRows>
-inline void int4_group(const Block& block, int first, const Tile& tile, int half, int64_t g, __m256 (&totals)[kRows]) {
-  const uint8_t* group = tile.quants + g * 256 + 32 * half;
+inline void int4_group(const Block& block, int first, const uint8_t* half_group, const int8_t* multipliers, int64_t g,
+                       __m256i (&section_sums)[kRows]) {
   const int8_t* row = block.quants + (g * 8 * block.num_rows + first) * 4;
   __m256i sums[kRows];
   MIXTRAL_UNROLL
-  for (int r = 0; r < kRows; ++r) sums[r] = _mm256_setzero_si256();
+  for (int r = 0; r < kRows; ++r) sums[r] = _mm256_set1_epi32(block.offsets[g * block.num_rows + first + r]);
 #pragma GCC unroll 1  // or broadcasts of later lines are loaded early, and push sums out of the registers
   for (int v = 0; v < 4; ++v) {
-    int4_line<kRows>(group + v * 64, row + v * 8 * block.num_rows, block.num_rows, sums);
+    int4_line<kRows>(half_group + v * 64, row + v * 8 * block.num_rows, block.num_rows, sums);
   }
-  const auto* scales = static_cast<const uint16_t*>(tile.scales) + g * kTileRows + kLanes * half;
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
-  const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i words = load_multipliers(multipliers);
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    const __m256i offset = _mm256_set1_epi32(block.offsets[g * block.num_rows + first + r]);
-    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(sums[r], ones), offset);
-    totals[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, totals[r]);
+    section_sums[r] = _mm256_add_epi32(section_sums[r], _mm256_madd_epi16(sums[r], words));
+  }
+}
+
+// Adds one section of kHalves halves of a tile, from half `half` on, to the totals.
+template <int kRows, int kHalves>
+inline void int4_section(const Block& block, int first, const Tile& tile, int half, int64_t s, Ahead& ahead,
+                         __m256 (&totals)[kHalves][kRows]) {
+  const SectionScales section = SectionScales::of(tile.scales, s, block.num_groups);
+  __m256i sums[kHalves][kRows];
+  MIXTRAL_UNROLL
+  for (int h = 0; h < kHalves; ++h) {
+    MIXTRAL_UNROLL
+    for (int r = 0; r < kRows; ++r) sums[h][r] = _mm256_setzero_si256();
+  }
+  for (int64_t i = 0; i < section.num_groups; ++i) {
+    MIXTRAL_UNROLL
+    for (int v = 0; v < 4; ++v) prefetch(ahead.quants + v * ahead.step);
+    prefetch(ahead.scales);
+    ahead.quants += 4 * ahead.step;
+    ahead.scales += ahead.step / 4;
+    const int64_t g = s * kSectionGroups + i;
+    MIXTRAL_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
+      const uint8_t* half_group = tile.quants + g * 256 + 32 * (half + h);
+      int4_group<kRows>(block, first, half_group, section.multipliers + i * kTileRows + kLanes * (half + h), g, sums[h]);
+    }
+  }
+  MIXTRAL_UNROLL
+  for (int h = 0; h < kHalves; ++h) {
+    const __m256 scales = _mm256_loadu_ps(section.scales + kLanes * (half + h));
+    MIXTRAL_UNROLL
+    for (int r = 0; r < kRows; ++r) totals[h][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[h][r]), scales, totals[h][r]);
   }
 }
 
 template <int kRows, int kHalves>
-void int4_pass(const Block& block, int first, const Tile& tile, int half, float* out, int64_t stride) {
+void int4_pass(const Block& block, int first, const Tile& tile, const Visit& visit, int half, float* out,
+               int64_t stride) {
   __m256 totals[kHalves][kRows];
   MIXTRAL_UNROLL
   for (int h = 0; h < kHalves; ++h) {
     MIXTRAL_UNROLL
     for (int r = 0; r < kRows; ++r) totals[h][r] = _mm256_setzero_ps();
   }
-  Ahead ahead = ahead_of(tile, block.num_groups * 4);
-  for (int64_t g = 0; g < block.num_groups; ++g) {
-    MIXTRAL_UNROLL
-    for (int v = 0; v < 4; ++v) prefetch(ahead.quants + v * ahead.step);
-    prefetch(ahead.scales);
-    ahead.quants += 4 * ahead.step;
-    ahead.scales += ahead.step / 2;
-    MIXTRAL_UNROLL
-    for (int h = 0; h < kHalves; ++h) int4_group<kRows>(block, first, tile, half + h, g, totals[h]);
+  Ahead ahead = ahead_of(tile, visit, block.num_groups * 4);
+  for (int64_t s = 0; s < sections_of(block.num_groups); ++s) {
+    int4_section<kRows, kHalves>(block, first, tile, half, s, ahead, totals);
   }
   MIXTRAL_UNROLL
   for (int h = 0; h < kHalves; ++h) {
@@ -234,7 +274,7 @@ void int4_pass(const Block& block, int first, const Tile& tile, int half, float*
   }
 }
 
-using PassKernel = void (*)(const Block&, int, const Tile&, int, float*, int64_t);
+using PassKernel = void (*)(const Block&, int, const Tile&, const Visit&, int, float*, int64_t);
 
 struct Passes {
   PassKernel both_halves[kBothHalvesRows];  // by rows - 1
@@ -252,24 +292,29 @@ constexpr Passes kInt4Passes = {
     kInt4Rows};
 
 // All rows of a block, in passes of nearly equal size, with one tile.
-void multiply_tile(const Passes& passes, const Block& block, Tile tile, float* out, int64_t stride) {
-  if (block.num_rows <= kBothHalvesRows) return passes.both_halves[block.num_rows - 1](block, 0, tile, 0, out, stride);
+void multiply_tile(const Passes& passes, const Block& block, const Tile& tile, Visit visit, float* out,
+                   int64_t stride) {
+  if (block.num_rows <= kBothHalvesRows) {
+    return passes.both_halves[block.num_rows - 1](block, 0, tile, visit, 0, out, stride);
+  }
   const int num_passes = (block.num_rows + passes.most_rows - 1) / passes.most_rows;
-  tile.visit *= 2 * num_passes;
-  tile.num_visits *= 2 * num_passes;
+  visit = {visit.index * 2 * num_passes, visit.count * 2 * num_passes};
   for (int pass = 0, first = 0; pass < num_passes; ++pass) {
     const int rows = (block.num_rows - first + num_passes - pass - 1) / (num_passes - pass);
-    for (int half = 0; half < 2; ++half, ++tile.visit) passes.one_half[rows - 1](block, first, tile, half, out, stride);
+    for (int half = 0; half < 2; ++half, ++visit.index) {
+      passes.one_half[rows - 1](block, first, tile, visit, half, out, stride);
+    }
     first += rows;
   }
 }
 
-void multiply_int8(const Block& block, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  for (int t = 0; t < num_tiles; ++t) multiply_tile(kInt8Passes, block, tiles[t], out + t * kTileRows, stride);
-}
-
-void multiply_int4(const Block& block, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  for (int t = 0; t < num_tiles; ++t) multiply_tile(kInt4Passes, block, tiles[t], out + t * kTileRows, stride);
+template <const Passes* passes>
+void multiply(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
+  for (int b = 0; b < num_blocks; out += blocks[b].num_rows * stride, ++b) {
+    for (int t = 0; t < num_tiles; ++t) {
+      multiply_tile(*passes, blocks[b], tiles[t], {b, num_blocks}, out + t * kTileRows, stride);
+    }
+  }
 }
 
 void gate(const float* both, int num_rows, float* out, int64_t stride) {
@@ -301,7 +346,8 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = {kInt8ColumnBytes, quantize_row, multiply_int8, multiply_int4, gate, combine};
+  static constexpr Kernels kernels = {
+      kInt8ColumnBytes, kAllNarrow, quantize_row, multiply<&kInt8Passes>, multiply<&kInt4Passes>, gate, combine};
   return kernels;
 }
 

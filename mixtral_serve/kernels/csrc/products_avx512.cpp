@@ -20,6 +20,7 @@
 #include <immintrin.h>
 
 #include "math_avx512.h"
+#include "rows_avx512.h"
 
 #define MIXTRAL_UNROLL _Pragma("GCC unroll 16")
 
@@ -28,50 +29,21 @@ namespace {
 
 inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
-uint32_t largest_magnitude(const float* x, int64_t num_cols) {
-  const __m512i mask = _mm512_set1_epi32(0x7fffffff);
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t i = 0; i < num_cols; i += 16) {
-    const __mmask16 valid = num_cols - i < 16 ? static_cast<__mmask16>((1u << (num_cols - i)) - 1) : 0xffff;
-    const __m512i bits = _mm512_maskz_loadu_epi32(valid, x + i);
-    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, mask));
-  }
-  return _mm512_reduce_max_epu32(largest);
-}
-
-// Writes 16 quantised columns as four pieces, and returns them as integers.
-inline __m512i quantize_16(const float* x, int64_t count, __m512 inverse, int8_t* out, int64_t distance) {
-  const __mmask16 valid = count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-  const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x), inverse));
-  const __m128i bytes = _mm512_cvtepi32_epi8(q);
-  _mm_storeu_si32(out, bytes);
-  _mm_storeu_si32(out + distance, _mm_bsrli_si128(bytes, 4));
-  _mm_storeu_si32(out + 2 * distance, _mm_bsrli_si128(bytes, 8));
-  _mm_storeu_si32(out + 3 * distance, _mm_bsrli_si128(bytes, 12));
-  return q;
-}
-
+// Pieces of four columns.
 void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
-  const uint32_t largest = largest_magnitude(x, num_cols);
-  const float absmax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(largest))));
-  const bool finite = largest < 0x7f800000u;
-  float inverse = 127.0f / absmax;
-  const bool usable = finite && inverse <= std::numeric_limits<float>::max();
-  *place.scale = usable ? absmax / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  const __m512 inverses = _mm512_set1_ps(inverse);
   const int64_t distance = 4 * place.num_block_rows;
-  __m512i row_sum = _mm512_setzero_si512();
-  for (int64_t g = 0; g < num_groups; ++g) {
-    // A row that cannot be used is read as if it had no columns: zeros.
-    const int64_t first = g * kGroupCols, count = usable ? num_cols - first : 0;
-    int8_t* out = place.quants + g * 8 * distance;
-    const __m512i low = quantize_16(x + first, count, inverses, out, distance);
-    const __m512i high = quantize_16(x + first + 16, count - 16, inverses, out + 4 * distance, distance);
-    const __m512i sum = _mm512_add_epi32(low, high);
-    if (kind == Kind::int4) place.offsets[g * place.num_block_rows] = -8 * _mm512_reduce_add_epi32(sum);
-    row_sum = _mm512_add_epi32(row_sum, sum);
-  }
-  if (kind == Kind::int8) *place.offsets = -128 * _mm512_reduce_add_epi32(row_sum);
+  const auto put = [&](int64_t first, __m128i bytes) {
+    int8_t* out = place.quants + first / 4 * distance + 4 * place.row;
+    _mm_storeu_si32(out, bytes);
+    _mm_storeu_si32(out + distance, _mm_bsrli_si128(bytes, 4));
+    _mm_storeu_si32(out + 2 * distance, _mm_bsrli_si128(bytes, 8));
+    _mm_storeu_si32(out + 3 * distance, _mm_bsrli_si128(bytes, 12));
+  };
+  const auto put_sum = [&](int64_t g, __m512i sum) {
+    if (kind == Kind::int4) place.offsets[g * place.num_block_rows + place.row] = -8 * _mm512_reduce_add_epi32(sum);
+  };
+  const int32_t sum = quantize_columns(x, num_cols, num_groups, place.scale, put, put_sum);
+  if (kind == Kind::int8) place.offsets[place.row] = -128 * sum;
 }
 
 inline __m512i broadcast(const int8_t* piece) {
@@ -81,7 +53,7 @@ inline __m512i broadcast(const int8_t* piece) {
 }
 
 template <int kRows>
-void int8_tile(const Block& block, const Tile& tile, float* out, int64_t stride) {
+void int8_tile(const Block& block, const Tile& tile, const Visit& visit, float* out, int64_t stride) {
   // Additions wait for each other: a few rows alternate between several sums, which changes no integer.
   constexpr int kChains = kRows == 1 ? 4 : kRows <= 4 ? 2 : 1;
   __m512i sums[kChains][kRows];
@@ -93,7 +65,7 @@ void int8_tile(const Block& block, const Tile& tile, float* out, int64_t stride)
   }
   const int8_t* row = block.quants;
   const int64_t num_lines = block.num_groups * 8;
-  Ahead ahead = ahead_of(tile, num_lines);
+  Ahead ahead = ahead_of(tile, visit, num_lines);
   for (int64_t c = 0; c < num_lines; c += kChains) {
     MIXTRAL_UNROLL
     for (int i = 0; i < kChains; ++i, row += 4 * kRows) {
@@ -127,28 +99,43 @@ inline void int4_line(const uint8_t* line, const int8_t* row, __m512i (&sums)[kR
   for (int r = 0; r < kRows; ++r) sums[r] = _mm512_dpbusd_epi32(sums[r], high, broadcast(row + 4 * (kRows + r)));
 }
 
+// Sums of the rows with group `g`, which fit into 16 bits.
 template <int kRows>
-void int4_tile(const Block& block, const Tile& tile, float* out, int64_t stride) {
+inline void int4_group(const Block& block, const uint8_t* group, int64_t g, Ahead& ahead, __m512i (&sums)[kRows]) {
+  MIXTRAL_UNROLL
+  for (int r = 0; r < kRows; ++r) sums[r] = _mm512_set1_epi32(block.offsets[g * kRows + r]);
+  MIXTRAL_UNROLL
+  for (int v = 0; v < 4; ++v, ahead.quants += ahead.step) {
+    prefetch(ahead.quants);
+    int4_line<kRows>(group + v * 64, block.quants + (g * 8 + v * 2) * 4 * kRows, sums);
+  }
+}
+
+template <int kRows>
+void int4_tile(const Block& block, const Tile& tile, const Visit& visit, float* out, int64_t stride) {
   __m512 totals[kRows];
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) totals[r] = _mm512_setzero_ps();
-  const auto* scales = static_cast<const uint16_t*>(tile.scales);
-  Ahead ahead = ahead_of(tile, block.num_groups * 4);
-  for (int64_t g = 0; g < block.num_groups; ++g) {
-    __m512i sums[kRows];
+  Ahead ahead = ahead_of(tile, visit, block.num_groups * 4);
+  for (int64_t s = 0, g = 0; g < block.num_groups; ++s) {
+    const SectionScales section = SectionScales::of(tile.scales, s, block.num_groups);
+    __m512i section_sums[kRows];
     MIXTRAL_UNROLL
-    for (int r = 0; r < kRows; ++r) sums[r] = _mm512_set1_epi32(block.offsets[g * kRows + r]);
-    MIXTRAL_UNROLL
-    for (int v = 0; v < 4; ++v, ahead.quants += ahead.step) {
-      prefetch(ahead.quants);
-      int4_line<kRows>(tile.quants + g * 256 + v * 64, block.quants + (g * 8 + v * 2) * 4 * kRows, sums);
+    for (int r = 0; r < kRows; ++r) section_sums[r] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < section.num_groups; ++i, ++g, ahead.scales += ahead.step / 4) {
+      __m512i sums[kRows];
+      int4_group<kRows>(block, tile.quants + g * 256, g, ahead, sums);
+      if (i % 4 == 0) prefetch(ahead.scales);
+      // The low word of each sum times the multiplier; the high words, times zero, add nothing.
+      const auto* multipliers = reinterpret_cast<const __m128i*>(section.multipliers + i * kTileRows);
+      const __m512i words =
+          _mm512_and_si512(_mm512_cvtepi8_epi32(_mm_loadu_si128(multipliers)), _mm512_set1_epi32(0xffff));
+      MIXTRAL_UNROLL
+      for (int r = 0; r < kRows; ++r) section_sums[r] = _mm512_dpwssd_epi32(section_sums[r], sums[r], words);
     }
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + g * kTileRows));
-    prefetch(ahead.scales);
-    ahead.scales += ahead.step / 2;
-    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    const __m512 scales = _mm512_loadu_ps(section.scales);
     MIXTRAL_UNROLL
-    for (int r = 0; r < kRows; ++r) totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, totals[r]);
+    for (int r = 0; r < kRows; ++r) totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(section_sums[r]), scales, totals[r]);
   }
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -156,28 +143,22 @@ void int4_tile(const Block& block, const Tile& tile, float* out, int64_t stride)
   }
 }
 
-// One tile after the other: two at a time measured slower, since two streams from memory come slower than one.
-using TileKernel = void (*)(const Block&, const Tile&, float*, int64_t);
+using TileKernel = void (*)(const Block&, const Tile&, const Visit&, float*, int64_t);
 
-void multiply(const TileKernel* by_rows, const Block& block, const Tile* tiles, int num_tiles, float* out,
-              int64_t stride) {
-  const TileKernel kernel = by_rows[block.num_rows - 1];
-  for (int t = 0; t < num_tiles; ++t) kernel(block, tiles[t], out + t * kTileRows, stride);
-}
-
-constexpr TileKernel kInt8ByRows[kMaxBlockRows] = {
+constexpr TileKernel kInt8ByRows[kNarrowBlockRows] = {
     int8_tile<1>, int8_tile<2>, int8_tile<3>, int8_tile<4>,  int8_tile<5>,  int8_tile<6>,
     int8_tile<7>, int8_tile<8>, int8_tile<9>, int8_tile<10>, int8_tile<11>, int8_tile<12>};
-constexpr TileKernel kInt4ByRows[kMaxBlockRows] = {
+constexpr TileKernel kInt4ByRows[kNarrowBlockRows] = {
     int4_tile<1>, int4_tile<2>, int4_tile<3>, int4_tile<4>,  int4_tile<5>,  int4_tile<6>,
     int4_tile<7>, int4_tile<8>, int4_tile<9>, int4_tile<10>, int4_tile<11>, int4_tile<12>};
 
-void multiply_int8(const Block& block, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  multiply(kInt8ByRows, block, tiles, num_tiles, out, stride);
-}
-
-void multiply_int4(const Block& block, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  multiply(kInt4ByRows, block, tiles, num_tiles, out, stride);
+// One tile after the other: two at a time measured slower, since two streams from memory come slower than one.
+template <const TileKernel* by_rows>
+void multiply(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
+  for (int b = 0; b < num_blocks; out += blocks[b].num_rows * stride, ++b) {
+    const TileKernel kernel = by_rows[blocks[b].num_rows - 1];
+    for (int t = 0; t < num_tiles; ++t) kernel(blocks[b], tiles[t], {b, num_blocks}, out + t * kTileRows, stride);
+  }
 }
 
 void gate(const float* both, int num_rows, float* out, int64_t stride) {
@@ -202,7 +183,8 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels = {1, quantize_row, multiply_int8, multiply_int4, gate, combine};
+  static constexpr Kernels kernels = {
+      1, kAllNarrow, quantize_row, multiply<kInt8ByRows>, multiply<kInt4ByRows>, gate, combine};
   return kernels;
 }
 

@@ -55,12 +55,13 @@ void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_group
       sum += q[i];
     }
     for (int piece = 0; piece < kGroupCols / 4; ++piece) {
-      std::memcpy(place.quants + (g * (kGroupCols / 4) + piece) * place.num_block_rows * 4, q + 4 * piece, 4);
+      const int64_t at = (g * (kGroupCols / 4) + piece) * place.num_block_rows + place.row;
+      std::memcpy(place.quants + 4 * at, q + 4 * piece, 4);
     }
-    if (kind == Kind::int4) place.offsets[g * place.num_block_rows] = -8 * sum;
+    if (kind == Kind::int4) place.offsets[g * place.num_block_rows + place.row] = -8 * sum;
     row_sum += sum;
   }
-  if (kind == Kind::int8) *place.offsets = -128 * row_sum;
+  if (kind == Kind::int8) place.offsets[place.row] = -128 * row_sum;
 }
 
 // Adds the products of `count` lines of 4 columns to the sums of one row.
@@ -77,42 +78,54 @@ void add_lines(const int8_t* quants, int64_t stride, int64_t count, int32_t (&su
   }
 }
 
-void multiply_int8(const Block& block, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  for (int t = 0; t < num_tiles; ++t) {
-    const auto* scales = static_cast<const float*>(tiles[t].scales);
-    for (int r = 0; r < block.num_rows; ++r) {
-      int32_t sums[kTileRows];
-      for (int32_t& sum : sums) sum = block.offsets[r];
-      add_lines(block.quants + 4 * r, 4 * block.num_rows, block.num_groups * 8, sums,
-                [&](int64_t c, uint8_t* line) { std::memcpy(line, tiles[t].quants + c * 64, 64); });
-      for (int o = 0; o < kTileRows; ++o) {
-        out[r * stride + t * kTileRows + o] = static_cast<float>(sums[o]) * scales[o] * block.scales[r];
-      }
+void int8_tile(const Block& block, const Tile& tile, float* out, int64_t stride) {
+  const auto* scales = static_cast<const float*>(tile.scales);
+  for (int r = 0; r < block.num_rows; ++r) {
+    int32_t sums[kTileRows];
+    for (int32_t& sum : sums) sum = block.offsets[r];
+    add_lines(block.quants + 4 * r, 4 * block.num_rows, block.num_groups * 8, sums,
+              [&](int64_t c, uint8_t* line) { std::memcpy(line, tile.quants + c * 64, 64); });
+    for (int o = 0; o < kTileRows; ++o) {
+      out[r * stride + o] = static_cast<float>(sums[o]) * scales[o] * block.scales[r];
     }
   }
 }
 
-void multiply_int4(const Block& block, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  for (int t = 0; t < num_tiles; ++t) {
-    const auto* scales = static_cast<const uint16_t*>(tiles[t].scales);
-    for (int r = 0; r < block.num_rows; ++r) {
-      float totals[kTileRows] = {};
-      for (int64_t g = 0; g < block.num_groups; ++g) {
-        const uint8_t* group = tiles[t].quants + g * 256;
-        int32_t sums[kTileRows];
-        for (int32_t& sum : sums) sum = block.offsets[g * block.num_rows + r];
-        add_lines(block.quants + (g * 8 * block.num_rows + r) * 4, 4 * block.num_rows, 8, sums,
-                  [&](int64_t c, uint8_t* line) {
-                    const int shift = c % 2 ? 4 : 0;
-                    for (int i = 0; i < 64; ++i) line[i] = (group[c / 2 * 64 + i] >> shift) & 15;
-                  });
-        for (int o = 0; o < kTileRows; ++o) {
-          const float scale = from_bits(static_cast<uint32_t>(scales[g * kTileRows + o]) << 16);
-          totals[o] = std::fma(static_cast<float>(sums[o]), scale, totals[o]);
-        }
+// Adds multiplier * (sum of group `g`) of row `r` to the sums of its section.
+void add_group(const Block& block, int r, const uint8_t* group, int64_t g, const int8_t* multipliers,
+               int32_t (&section_sums)[kTileRows]) {
+  int32_t sums[kTileRows];
+  for (int32_t& sum : sums) sum = block.offsets[g * block.num_rows + r];
+  add_lines(block.quants + (g * 8 * block.num_rows + r) * 4, 4 * block.num_rows, 8, sums,
+            [&](int64_t c, uint8_t* line) {
+              const int shift = c % 2 ? 4 : 0;
+              for (int i = 0; i < 64; ++i) line[i] = (group[c / 2 * 64 + i] >> shift) & 15;
+            });
+  for (int o = 0; o < kTileRows; ++o) section_sums[o] += multipliers[o] * sums[o];
+}
+
+void int4_tile(const Block& block, const Tile& tile, float* out, int64_t stride) {
+  for (int r = 0; r < block.num_rows; ++r) {
+    float totals[kTileRows] = {};
+    for (int64_t s = 0; s < sections_of(block.num_groups); ++s) {
+      const SectionScales section = SectionScales::of(tile.scales, s, block.num_groups);
+      int32_t sums[kTileRows] = {};
+      for (int64_t i = 0; i < section.num_groups; ++i) {
+        const int64_t g = s * kSectionGroups + i;
+        add_group(block, r, tile.quants + g * 256, g, section.multipliers + i * kTileRows, sums);
       }
-      for (int o = 0; o < kTileRows; ++o) out[r * stride + t * kTileRows + o] = totals[o] * block.scales[r];
+      for (int o = 0; o < kTileRows; ++o) {
+        totals[o] = std::fma(static_cast<float>(sums[o]), section.scales[o], totals[o]);
+      }
     }
+    for (int o = 0; o < kTileRows; ++o) out[r * stride + o] = totals[o] * block.scales[r];
+  }
+}
+
+template <void (*tile_kernel)(const Block&, const Tile&, float*, int64_t)>
+void multiply(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
+  for (int b = 0; b < num_blocks; out += blocks[b].num_rows * stride, ++b) {
+    for (int t = 0; t < num_tiles; ++t) tile_kernel(blocks[b], tiles[t], out + t * kTileRows, stride);
   }
 }
 
@@ -134,7 +147,8 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels = {1, quantize_row, multiply_int8, multiply_int4, gate, combine};
+  static constexpr Kernels kernels = {
+      1, kAllNarrow, quantize_row, multiply<int8_tile>, multiply<int4_tile>, gate, combine};
   return kernels;
 }
 

@@ -16,7 +16,7 @@ struct Source {
 struct Packed {
   bool is_int4;  // int8 otherwise
   uint8_t* quants;
-  void* scales;  // bf16 bits for int4, fp32 for int8
+  void* scales;  // fp32 for int8; for int4 sections of fp32 and multipliers
 };
 
 // Packs one tile of 16 rows; `row` is room for one padded row. False if a value is not finite.

@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kTileRows = 16;
 constexpr int kGroupCols = 32;
+constexpr int kSectionGroups = 128;
+constexpr float kMaxMultiplier = 127.0f;
 // What the largest value of a group is divided by: the scales that are tried. The first wins among equals.
 constexpr int kNumTried = 5;
 constexpr float kDivisors[kNumTried] = {-8.0f, -7.5f, -7.0f, -8.5f, 7.5f};
@@ -26,13 +28,6 @@ inline uint32_t float_to_bits(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
   return bits;
-}
-
-// The upper half of a float, rounded half to even. A NaN stays one.
-inline uint16_t to_bf16(float value) {
-  const uint32_t bits = float_to_bits(value);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 inline float from_bf16(uint16_t half) { return bits_to_float(static_cast<uint32_t>(half) << 16); }
@@ -105,7 +100,7 @@ inline float fit_scale(const Group& group, float scale) {
     products.at[i] = group.at[i] * values.at[i];
   }
   const float square = sum_group(squares);
-  return square > 0.0f ? from_bf16(to_bf16(sum_group(products) / square)) : scale;
+  return square > 0.0f ? sum_group(products) / square : scale;
 }
 
 inline float squared_error(const Group& group, float scale) {
@@ -131,7 +126,7 @@ inline float largest_of(const float* values) {
 // Stage by stage over all that is tried: each is a long chain of dependent operations, and side by side they overlap.
 inline float best_scale(const Group& group, float largest) {
   float scales[kNumTried], errors[kNumTried];
-  for (int i = 0; i < kNumTried; ++i) scales[i] = from_bf16(to_bf16(largest / kDivisors[i]));
+  for (int i = 0; i < kNumTried; ++i) scales[i] = largest / kDivisors[i];
   float best = scales[0], best_error = __builtin_inff();
   for (int i = 0; i < kNumTried; ++i) scales[i] = fit_scale(group, scales[i]);
   for (int i = 0; i < kNumTried; ++i) errors[i] = squared_error(group, scales[i]);
@@ -143,23 +138,55 @@ inline float best_scale(const Group& group, float largest) {
   return best;
 }
 
-// One row of a tile: 16 bytes of each group's 256, and one scale of each group's 16.
-inline void pack_int4_row(const float* row, int64_t num_groups, int in_tile, uint8_t* quants, uint16_t* scales) {
-  for (int64_t group = 0; group < num_groups; ++group) {
+// `scale` as a multiple of `unit`, whose inverse is `factor`: never zero for what is not zero.
+inline int to_multiplier(float scale, float factor) {
+  const float magnitude = scale < 0.0f ? -scale : scale;
+  const float rounded = (clamped(magnitude * factor, 1.0f, kMaxMultiplier) + kRoundEven) - kRoundEven;
+  return magnitude == 0.0f ? 0 : static_cast<int>(scale < 0.0f ? -rounded : rounded);
+}
+
+// Row `in_tile` of one group's 256 bytes.
+inline void put_nibbles(const Group& rounded, int in_tile, uint8_t* group) {
+  float values[kGroupCols];
+  __builtin_memcpy(values, &rounded, sizeof values);
+  for (int line = 0; line < 4; ++line) {
+    uint8_t* to = group + line * 64 + 4 * in_tile;
+    for (int j = 0; j < 4; ++j) {
+      const int low = static_cast<int>(values[8 * line + j]) + 8, high = static_cast<int>(values[8 * line + j + 4]) + 8;
+      to[j] = static_cast<uint8_t>(low | (high << 4));
+    }
+  }
+}
+
+// One row of a section: 16 bytes of each group's 256, one of 16 scales, and one of each group's 16 multipliers.
+inline void pack_int4_section(const float* row, int num_groups, int in_tile, uint8_t* quants, uint8_t* scales) {
+  float best[kSectionGroups], peak = 0.0f;
+  for (int group = 0; group < num_groups; ++group) {
+    Group from;
+    __builtin_memcpy(&from, row + group * kGroupCols, sizeof from);
+    best[group] = best_scale(from, largest_of(row + group * kGroupCols));
+    const float magnitude = best[group] < 0.0f ? -best[group] : best[group];
+    peak = magnitude > peak ? magnitude : peak;
+  }
+  const float unit = peak / kMaxMultiplier, factor = inverse(unit);
+  __builtin_memcpy(scales + sizeof unit * in_tile, &unit, sizeof unit);
+  uint8_t* multipliers = scales + sizeof unit * kTileRows;
+  for (int group = 0; group < num_groups; ++group) {
     Group from, rounded;
     __builtin_memcpy(&from, row + group * kGroupCols, sizeof from);
-    const float scale = best_scale(from, largest_of(row + group * kGroupCols));
-    round_group(from, scale, &rounded);
-    float values[kGroupCols];
-    __builtin_memcpy(values, &rounded, sizeof values);
-    for (int line = 0; line < 4; ++line) {
-      uint8_t* to = quants + group * 256 + line * 64 + 4 * in_tile;
-      for (int j = 0; j < 4; ++j) {
-        const int low = static_cast<int>(values[8 * line + j]) + 8, high = static_cast<int>(values[8 * line + j + 4]) + 8;
-        to[j] = static_cast<uint8_t>(low | (high << 4));
-      }
-    }
-    scales[group * kTileRows + in_tile] = to_bf16(scale);
+    const int multiplier = to_multiplier(best[group], factor);
+    multipliers[group * kTileRows + in_tile] = static_cast<uint8_t>(multiplier);
+    round_group(from, static_cast<float>(multiplier) * unit, &rounded);
+    put_nibbles(rounded, in_tile, quants + group * 256);
+  }
+}
+
+inline void pack_int4_row(const float* row, int64_t num_groups, int in_tile, uint8_t* quants, uint8_t* scales) {
+  constexpr int64_t kSectionBytes = kTileRows * (sizeof(float) + kSectionGroups);
+  for (int64_t first = 0; first < num_groups; first += kSectionGroups, scales += kSectionBytes) {
+    const int64_t left = num_groups - first;
+    pack_int4_section(row + first * kGroupCols, static_cast<int>(left < kSectionGroups ? left : kSectionGroups), in_tile,
+                      quants + first * 256, scales);
   }
 }
 
@@ -191,8 +218,10 @@ inline bool pack_tile(const Source& source, const Packed& packed, int64_t tile, 
     if (!read_values(source, at * source.row_stride, count, padded, row)) {
       finite = false;  // and the row is left out: a NaN has no integer
     } else if (packed.is_int4) {
+      const int64_t num_sections = (num_groups + kSectionGroups - 1) / kSectionGroups;
+      const int64_t scale_bytes = kTileRows * (num_sections * static_cast<int64_t>(sizeof(float)) + num_groups);
       pack_int4_row(row, num_groups, in_tile, packed.quants + tile * num_groups * 256,
-                    static_cast<uint16_t*>(packed.scales) + tile * num_groups * kTileRows);
+                    static_cast<uint8_t*>(packed.scales) + tile * scale_bytes);
     } else {
       pack_int8_row(row, padded, in_tile, packed.quants + tile * padded * kTileRows,
                     static_cast<float*>(packed.scales) + tile * kTileRows + in_tile);

@@ -15,8 +15,9 @@ namespace mixtral {
 struct Segment {
   int64_t first_row;
   int64_t num_rows;
+  int64_t max_block_rows;
 
-  int64_t num_blocks() const { return (num_rows + kMaxBlockRows - 1) / kMaxBlockRows; }
+  int64_t num_blocks() const { return (num_rows + max_block_rows - 1) / max_block_rows; }
 
   // First row of block `index`, counted from the segment's first; that of index num_blocks() is num_rows.
   int64_t block_start(int64_t index) const {
@@ -34,18 +35,19 @@ struct PackedRows {
   Kind kind;
   int64_t num_groups;
   int64_t column_bytes;
-  int8_t* quants;    // [rows][num_groups * 32], of column_bytes each
+  int8_t* quants;    // [rows][row_bytes()]
   int32_t* offsets;  // [rows][num_offsets()]
   float* scales;     // [rows]
 
   int64_t num_offsets() const { return kind == Kind::int4 ? num_groups : 1; }
 
-  int64_t row_bytes() const { return num_groups * kGroupCols * column_bytes; }
+  // Room for whole pieces of 64 columns, as wide blocks have them.
+  int64_t row_bytes() const { return (num_groups + 1) / 2 * 64 * column_bytes; }
 
   // Enough with every instruction set.
   static int64_t num_bytes(Kind kind, int64_t num_rows, int64_t num_groups) {
     const int64_t most_column_bytes = kind == Kind::int8 ? 2 : 1;
-    return num_rows * (num_groups * (kGroupCols * most_column_bytes + 4) + 4) + 3 * 64;
+    return num_rows * ((num_groups + 1) / 2 * 64 * most_column_bytes + num_groups * 4 + 4) + 3 * 64;
   }
 
   Block block(const Segment& segment, int64_t index) const {
@@ -57,8 +59,8 @@ struct PackedRows {
   RowPlace place(const Segment& segment, int64_t row_of_segment) const {
     const int64_t index = segment.block_of(row_of_segment), start = segment.block_start(index);
     const int64_t first = segment.first_row + start, within = row_of_segment - start;
-    return {quants + first * row_bytes() + 4 * column_bytes * within, offsets + first * num_offsets() + within,
-            scales + first + within, segment.block_start(index + 1) - start};
+    return {quants + first * row_bytes(), offsets + first * num_offsets(), scales + first + within, within,
+            segment.block_start(index + 1) - start};
   }
 };
 

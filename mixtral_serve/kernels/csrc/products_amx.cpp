@@ -1,0 +1,334 @@
+// products.h for AMX: sixteen rows and sixteen outputs in a tile register, 64 columns per instruction. A line of packed
+// weights is a row of the operand as it lies; few rows, which wait for memory, are left to AVX-512.
+//
+// int8    up to two tiles of rows times two of outputs. Weights keep their offset: the sum is unsigned by signed.
+// int4    a weight is a nibble times its group's multiplier, up to 127: one byte for the multiplier's high digit and one
+//         for its low one (base 16), made once for all rows of a run. Two sums of integers over a whole section then
+//         stand for one, and nothing is converted to floating point in between.
+//
+// A block's rows are two tiles of nearly equal size, or one. A smaller block that follows is read as if it had one row
+// more, which is memory of the rows' own, and what comes of it is not looked at.
+//
+// The instructions are written as assembly: compilers' intrinsics for them say nothing of the memory they read.
+//
+// Rejected: one sum per group, scaled in floating point (the tiles' way through memory and the conversions took three
+// times as long as the products).
+#include <cstdint>
+#include <limits>
+
+#include "products.h"
+
+#if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#else
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
+#endif
+#if !defined(__clang__)
+// GCC's own header reads what it calls undefined, and warns about it wherever it is inlined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include "rows_avx512.h"
+
+#define MIXTRAL_UNROLL _Pragma("GCC unroll 16")
+
+namespace mixtral {
+namespace {
+
+constexpr int kStepCols = 64;  // columns of one instruction
+constexpr int64_t kStepBytes = 16 * 64;
+constexpr int64_t kSectionSteps = kSectionGroups * kGroupCols / kStepCols;
+// Fewer rows than this are done sooner by AVX-512.
+constexpr int64_t kMostNarrowRows = 8;
+static_assert(kMostNarrowRows < kNarrowBlockRows && kMostNarrowRows < kWideBlockRows / 2,
+              "blocks of more rows than this are wide");
+
+// Tile registers: sums of (rows, weights), both 0 or 1; rows; weights.
+constexpr int sums(int rows, int weights) { return 2 * rows + weights; }
+constexpr int kRows = 4, kWeights = 6;
+
+template <int tile>
+inline void load_tile(const void* memory) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(memory), "r"(int64_t{64}), "i"(tile) : "memory");
+}
+
+template <int tile>
+inline void store_tile(void* memory) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(memory), "r"(int64_t{64}), "i"(tile) : "memory");
+}
+
+template <int tile>
+inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+
+// Signed rows times unsigned weights (int8), or times signed ones (int4).
+template <int sums, int rows, int weights, bool is_signed>
+inline void multiply_tiles() {
+  if (is_signed) {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(weights));
+  } else {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(weights));
+  }
+}
+
+// How the rows of a block are cut into tiles, and the registers' shapes while it lives. Registers that are in use make
+// a switch of threads slower, so none are when it is gone.
+class Tiles {
+ public:
+  explicit Tiles(int num_rows) : first_(num_rows <= 16 ? num_rows : (num_rows + 1) / 2), second_(num_rows - first_) {
+    Config config{};
+    config.palette = 1;
+    for (int w = 0; w < 2; ++w) {
+      config.set(sums(0, w), first_);
+      config.set(sums(1, w), second_);
+      config.set(kWeights + w, 16);
+    }
+    config.set(kRows, first_);
+    config.set(kRows + 1, second_);
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  int first() const { return first_; }
+  bool are_two() const { return second_ > 0; }
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+
+    void set(int tile, int num_rows) {
+      rows[tile] = static_cast<uint8_t>(num_rows);
+      row_bytes[tile] = num_rows > 0 ? 64 : 0;
+    }
+  };
+
+  int first_, second_;
+};
+
+// What the registers of sums are stored to: [rows' tile][weights' tile][row][output].
+struct alignas(64) Sums {
+  int32_t at[2][2][16][kTileRows];
+
+  // Of row `row` of a block whose first tile has `first` rows.
+  __m512i of(int row, int first, int weights) const {
+    return _mm512_load_si512(row < first ? at[0][weights][row] : at[1][weights][row - first]);
+  }
+};
+
+// Up to two operands of `num_steps` steps each; int8 may have half a step left, which lies in memory of its own.
+struct Operands {
+  const void* first;
+  const void* second;
+  int64_t num_steps;
+  const uint8_t* last;  // [operand][kStepBytes], or null
+};
+
+template <bool two_rows, bool two_weights, bool is_signed>
+inline void multiply_step(const int8_t* rows, int first_rows, const void* first, const void* second) {
+  load_tile<kRows>(rows);
+  load_tile<kWeights>(first);
+  multiply_tiles<sums(0, 0), kRows, kWeights, is_signed>();
+  if (two_weights) load_tile<kWeights + 1>(second);
+  if (two_weights) multiply_tiles<sums(0, 1), kRows, kWeights + 1, is_signed>();
+  if (two_rows) load_tile<kRows + 1>(rows + kStepCols * first_rows);
+  if (two_rows) multiply_tiles<sums(1, 0), kRows + 1, kWeights, is_signed>();
+  if (two_rows && two_weights) multiply_tiles<sums(1, 1), kRows + 1, kWeights + 1, is_signed>();
+}
+
+// The sums of a block's rows, from their step `rows` on, with the operands.
+template <bool two_rows, bool two_weights, bool is_signed>
+void add_up(const int8_t* rows, int64_t num_rows, int first_rows, const Operands& operands, Sums& out) {
+  zero_tile<sums(0, 0)>();
+  if (two_weights) zero_tile<sums(0, 1)>();
+  if (two_rows) zero_tile<sums(1, 0)>();
+  if (two_rows && two_weights) zero_tile<sums(1, 1)>();
+  const auto* first = static_cast<const char*>(operands.first);
+  const auto* second = static_cast<const char*>(operands.second);
+  for (int64_t k = 0; k < operands.num_steps; ++k, rows += kStepCols * num_rows) {
+    multiply_step<two_rows, two_weights, is_signed>(rows, first_rows, first + k * kStepBytes, second + k * kStepBytes);
+  }
+  if (operands.last) {
+    multiply_step<two_rows, two_weights, is_signed>(rows, first_rows, operands.last, operands.last + kStepBytes);
+  }
+  store_tile<sums(0, 0)>(out.at[0][0]);
+  if (two_weights) store_tile<sums(0, 1)>(out.at[0][1]);
+  if (two_rows) store_tile<sums(1, 0)>(out.at[1][0]);
+  if (two_rows && two_weights) store_tile<sums(1, 1)>(out.at[1][1]);
+}
+
+using AddUp = void (*)(const int8_t*, int64_t, int, const Operands&, Sums&);
+
+// Where rows are left to AVX-512.
+bool are_narrow(const Block* blocks) { return blocks[0].num_rows <= kMostNarrowRows; }
+
+void multiply_int8(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
+  if (are_narrow(blocks)) {
+    return avx512_kernels().multiply_int8(blocks, num_blocks, tiles, num_tiles, out, stride);
+  }
+  const int64_t num_groups = blocks[0].num_groups, num_steps = num_groups / 2;
+  alignas(64) uint8_t last[2][kStepBytes] = {};
+  const bool has_last = num_groups % 2 != 0;
+  for (int t = 0; has_last && t < num_tiles; ++t) {
+    __builtin_memcpy(last[t], tiles[t].quants + num_steps * kStepBytes, kStepBytes / 2);
+  }
+  const Operands operands{tiles[0].quants, tiles[num_tiles - 1].quants, num_steps, has_last ? last[0] : nullptr};
+  const Tiles shape(blocks[0].num_rows);
+  const AddUp add_up_rows =
+      shape.are_two() ? (num_tiles > 1 ? add_up<true, true, false> : add_up<true, false, false>)
+                      : (num_tiles > 1 ? add_up<false, true, false> : add_up<false, false, false>);
+  for (int b = 0; b < num_blocks; ++b) {
+    const Block& block = blocks[b];
+    Sums sums;
+    add_up_rows(block.quants, block.num_rows, shape.first(), operands, sums);
+    for (int r = 0; r < block.num_rows; ++r, out += stride) {
+      const __m512i offset = _mm512_set1_epi32(block.offsets[r]);
+      for (int t = 0; t < num_tiles; ++t) {
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums.of(r, shape.first(), t), offset));
+        const __m512 scaled = _mm512_mul_ps(sum, _mm512_loadu_ps(static_cast<const float*>(tiles[t].scales)));
+        _mm512_storeu_ps(out + t * kTileRows, _mm512_mul_ps(scaled, _mm512_set1_ps(block.scales[r])));
+      }
+    }
+  }
+}
+
+// A section of int4 weights times their multipliers: their high digits and their low ones, as operands.
+struct alignas(64) Digits {
+  int8_t high[kSectionSteps * kStepBytes];
+  int8_t low[kSectionSteps * kStepBytes];
+};
+
+constexpr int kDigitBits = 4;
+
+// The first byte of every lane, four times.
+inline __m512i fill_lanes(__m512i lanes) {
+  const __m512i first = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  return _mm512_shuffle_epi8(lanes, first);
+}
+
+// One digit of a group's multipliers, in both words of every lane, and what it makes of the nibble that stands for 0.
+struct Factor {
+  __m512i words, zeros;
+
+  // `digit` and `zero` one number per lane.
+  Factor(__m512i digit, __m512i zero)
+      : words(_mm512_or_si512(digit, _mm512_slli_epi32(digit, 16))),
+        zeros(fill_lanes(_mm512_mullo_epi32(digit, zero))) {}
+
+  // Nibbles in bytes, times the digit. No product passes 255, so none reaches its neighbour.
+  __m512i times(__m512i nibbles) const { return _mm512_sub_epi8(_mm512_mullo_epi16(nibbles, words), zeros); }
+};
+
+// Eight lines of digits from one group of nibbles.
+inline void split_group(const uint8_t* group, const int8_t* multipliers, int8_t* high, int8_t* low) {
+  const __m512i signed_lanes = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(multipliers)));
+  const __m512i lanes = _mm512_abs_epi32(signed_lanes);
+  // A negative multiplier is that of the nibbles counted from the other end: -(n - 8) = (15 - n) - 7.
+  const __m512i flipped = _mm512_srai_epi32(signed_lanes, 31);
+  const __m512i zero = _mm512_add_epi32(_mm512_set1_epi32(8), flipped);
+  const Factor high_factor(_mm512_srli_epi32(lanes, kDigitBits), zero);
+  const Factor low_factor(_mm512_and_si512(lanes, _mm512_set1_epi32(15)), zero);
+  const __m512i mask = _mm512_set1_epi8(15);
+  MIXTRAL_UNROLL
+  for (int v = 0; v < 4; ++v) {
+    const __m512i both = _mm512_xor_si512(_mm512_loadu_si512(group + v * 64), flipped);
+    const __m512i even = _mm512_and_si512(both, mask);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    _mm512_store_si512(high + v * 128, high_factor.times(even));
+    _mm512_store_si512(high + v * 128 + 64, high_factor.times(odd));
+    _mm512_store_si512(low + v * 128, low_factor.times(even));
+    _mm512_store_si512(low + v * 128 + 64, low_factor.times(odd));
+  }
+}
+
+// Returns the number of steps; half a one is filled up with zeros.
+int64_t split_section(const Tile& tile, const SectionScales& section, int64_t first_group, Digits& digits) {
+  for (int64_t i = 0; i < section.num_groups; ++i) {
+    split_group(tile.quants + (first_group + i) * 256, section.multipliers + i * kTileRows,
+                digits.high + i * kStepBytes / 2, digits.low + i * kStepBytes / 2);
+  }
+  if (section.num_groups % 2 != 0) {
+    const int64_t end = section.num_groups * kStepBytes / 2;
+    __builtin_memset(digits.high + end, 0, kStepBytes / 2);
+    __builtin_memset(digits.low + end, 0, kStepBytes / 2);
+  }
+  return (section.num_groups + 1) / 2;
+}
+
+// Adds a section's sums to the totals, which are in `out`.
+void add_section(const Block& block, const Sums& sums, int first_rows, const float* section_scales, bool is_first,
+                 bool is_last, float* out, int64_t stride) {
+  const __m512 scales = _mm512_loadu_ps(section_scales);
+  for (int r = 0; r < block.num_rows; ++r, out += stride) {
+    const __m512i high = _mm512_slli_epi32(sums.of(r, first_rows, 0), kDigitBits);
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(high, sums.of(r, first_rows, 1)));
+    const __m512 before = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(out);
+    const __m512 total = _mm512_fmadd_ps(sum, scales, before);
+    _mm512_storeu_ps(out, is_last ? _mm512_mul_ps(total, _mm512_set1_ps(block.scales[r])) : total);
+  }
+}
+
+void int4_tile(const Tiles& shape, const Block* blocks, int num_blocks, const Tile& tile, Digits& digits, float* out,
+               int64_t stride) {
+  const int64_t num_groups = blocks[0].num_groups, num_sections = sections_of(num_groups);
+  const AddUp add_up_rows = shape.are_two() ? add_up<true, true, true> : add_up<false, true, true>;
+  for (int64_t s = 0; s < num_sections; ++s) {
+    const SectionScales section = SectionScales::of(tile.scales, s, num_groups);
+    const int64_t num_steps = split_section(tile, section, s * kSectionGroups, digits);
+    const Operands operands{digits.high, digits.low, num_steps, nullptr};
+    float* to = out;
+    for (int b = 0; b < num_blocks; to += blocks[b].num_rows * stride, ++b) {
+      const Block& block = blocks[b];
+      Sums sums;
+      add_up_rows(block.quants + s * kSectionSteps * kStepCols * block.num_rows, block.num_rows, shape.first(), operands,
+                  sums);
+      add_section(block, sums, shape.first(), section.scales, s == 0, s + 1 == num_sections, to, stride);
+    }
+  }
+}
+
+void multiply_int4(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
+  if (are_narrow(blocks)) {
+    return avx512_kernels().multiply_int4(blocks, num_blocks, tiles, num_tiles, out, stride);
+  }
+  const Tiles shape(blocks[0].num_rows);
+  Digits digits;  // 128 KB: half of what second-level caches hold at the least
+  for (int t = 0; t < num_tiles; ++t) {
+    int4_tile(shape, blocks, num_blocks, tiles[t], digits, out + t * kTileRows, stride);
+  }
+}
+
+void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
+  if (place.num_block_rows <= kMostNarrowRows) {
+    return avx512_kernels().quantize_row(kind, x, num_cols, num_groups, place);
+  }
+  const auto at = [&](int64_t column) {
+    return place.quants + column / kStepCols * kStepCols * place.num_block_rows + kStepCols * place.row +
+           column % kStepCols;
+  };
+  const auto put = [&](int64_t first, __m128i bytes) { _mm_storeu_si128(reinterpret_cast<__m128i*>(at(first)), bytes); };
+  const int32_t sum = quantize_columns(x, num_cols, num_groups, place.scale, put, [](int64_t, __m512i) {});
+  if (num_groups % 2 != 0) _mm256_storeu_si256(reinterpret_cast<__m256i*>(at(num_groups * kGroupCols)), __m256i{});
+  if (kind == Kind::int8) place.offsets[place.row] = -128 * sum;
+}
+
+}  // namespace
+
+const Kernels& amx_kernels() {
+  static const Kernels kernels = {1,           kMostNarrowRows,         quantize_row, multiply_int8, multiply_int4,
+                                  avx512_kernels().gate, avx512_kernels().combine};
+  return kernels;
+}
+
+}  // namespace mixtral
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
