@@ -106,7 +106,9 @@ def test_experts_are_close_to_float64_and_the_same_on_every_instruction_set(
     # An intermediate value that lies between two of its 255 steps may be rounded to either: one step of one column.
     steps = 2.0 / 127 * expected.abs().amax()
     assert float((results[0].double() - expected).abs().amax()) <= steps
-    assert float((results[0].double() - expected).abs().mean()) <= 1e-4 * float(expected.abs().amax())
+    # Few values do, so that the mean is far below a step unless there are few rows to take it of.
+    mean = max(1e-4, 2e-3 / rows)
+    assert float((results[0].double() - expected).abs().mean()) <= mean * float(expected.abs().amax())
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 

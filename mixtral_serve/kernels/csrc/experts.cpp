@@ -69,7 +69,7 @@ class Experts {
     down_ = scratch.take<float>(slots * call.num_cols);
     up_starts_ = scratch.take<int64_t>(call.num_experts + 1);
     down_starts_ = scratch.take<int64_t>(call.num_experts + 1);
-    routing_.sort(call.ids, call.weights, call.num_rows, kernels_);
+    routing_.sort(call.ids, call.weights, call.num_rows, kernels_, kind_);
   }
 
   void run() {

@@ -11,7 +11,7 @@ void multiply_rows(const LinearRows& call, const Factor* factors, int num_factor
   const Kernels& kernels = active_kernels();
   const Kind kind = call.kind;
   const int64_t num_groups = groups_of(call.num_cols);
-  const Segment segment{0, call.num_rows, kernels.block_rows(call.num_rows)};
+  const Segment segment{0, call.num_rows, kernels.block_rows(kind, call.num_rows)};
   const PackedRows rows =
       Scratch(call.scratch).take_rows(kind, call.num_rows, num_groups, kernels.column_bytes(kind));
   const auto matrix = [&](const Factor& factor) {

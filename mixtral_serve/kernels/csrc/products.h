@@ -69,6 +69,7 @@ struct Block {
   const int32_t* offsets;  // what sums start at: int8 [num_rows], int4 [groups][num_rows] (not in wide blocks)
   const float* scales;     // [num_rows]
   int num_rows;
+  bool is_wide;
   int64_t num_groups;  // columns / 32, padded columns included
 };
 
@@ -79,6 +80,7 @@ struct RowPlace {
   float* scale;      // of the row
   int64_t row;       // in the block
   int64_t num_block_rows;
+  bool is_wide;
 };
 
 // Sixteen rows of a matrix, and what will be read after them.
@@ -125,8 +127,8 @@ using Multiply = void (*)(const Block* blocks, int num_blocks, const Tile* tiles
 struct Kernels {
   // Of int8 rows, and of what `multiply_int8` multiplies them with: 1, or 2 where only wider products are exact.
   int64_t int8_column_bytes;
-  // More rows than this that meet one matrix are cut into wide blocks.
-  int64_t most_narrow_rows;
+  // More rows than this that meet one matrix are cut into wide blocks; by kind.
+  int64_t most_narrow_rows[2];
   // Quantises x [num_cols], padded with zeros to num_groups * 32 (in wide blocks: to a multiple of 64).
   void (*quantize_row)(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place);
   Multiply multiply_int8;
@@ -138,7 +140,9 @@ struct Kernels {
 
   int64_t column_bytes(Kind kind) const { return kind == Kind::int8 ? int8_column_bytes : 1; }
   Multiply multiply(Kind kind) const { return kind == Kind::int4 ? multiply_int4 : multiply_int8; }
-  int64_t block_rows(int64_t num_rows) const { return num_rows > most_narrow_rows ? kWideBlockRows : kNarrowBlockRows; }
+  int64_t block_rows(Kind kind, int64_t num_rows) const {
+    return num_rows > most_narrow_rows[static_cast<int>(kind)] ? kWideBlockRows : kNarrowBlockRows;
+  }
 };
 
 // For instruction sets without wide blocks.

@@ -15,14 +15,15 @@
 // times as long as the products).
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "products.h"
 
 #if defined(__x86_64__)
 #if !defined(__clang__)
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prfchw")
 #else
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prfchw"))), apply_to = function)
 #endif
 #if !defined(__clang__)
 // GCC's own header reads what it calls undefined, and warns about it wherever it is inlined.
@@ -41,10 +42,13 @@ namespace {
 constexpr int kStepCols = 64;  // columns of one instruction
 constexpr int64_t kStepBytes = 16 * 64;
 constexpr int64_t kSectionSteps = kSectionGroups * kGroupCols / kStepCols;
-// Fewer rows than this are done sooner by AVX-512.
-constexpr int64_t kMostNarrowRows = 8;
-static_assert(kMostNarrowRows < kNarrowBlockRows && kMostNarrowRows < kWideBlockRows / 2,
-              "blocks of more rows than this are wide");
+// Steps of weights that all blocks of a run meet while they lie in the first-level cache: 16 KB of two operands.
+constexpr int64_t kStretchSteps = 8;
+// So few rows are done sooner by AVX-512: of int8 one, of int4 those for which making the digits does not pay.
+constexpr int64_t kMostNarrowInt8Rows = 1, kMostNarrowInt4Rows = 12;
+static_assert(kMostNarrowInt4Rows <= kNarrowBlockRows, "whoever is left to AVX-512 is one block");
+
+constexpr int kMaxWideBlocks = kMaxRunRows / kWideBlockRows;
 
 // Tile registers: sums of (rows, weights), both 0 or 1; rows; weights.
 constexpr int sums(int rows, int weights) { return 2 * rows + weights; }
@@ -72,6 +76,13 @@ inline void multiply_tiles() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(weights));
   } else {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(weights));
+  }
+}
+
+// Asks for lines that will be written after what is computed now.
+inline void ask_for_results(const float* out, int num_rows, int num_tiles, int64_t stride) {
+  for (int r = 0; r < num_rows; ++r, out += stride) {
+    for (int t = 0; t < num_tiles; ++t) __builtin_prefetch(out + t * kTileRows, 1);
   }
 }
 
@@ -123,12 +134,18 @@ struct alignas(64) Sums {
   }
 };
 
-// Up to two operands of `num_steps` steps each; int8 may have half a step left, which lies in memory of its own.
+// A stretch of up to two operands.
 struct Operands {
   const void* first;
   const void* second;
   int64_t num_steps;
-  const uint8_t* last;  // [operand][kStepBytes], or null
+};
+
+// Where the sums of a stretch begin and stay.
+struct Stretch {
+  bool is_first;   // from zero
+  bool is_last;    // to memory
+  bool is_shared;  // the registers are somebody else's in between: from memory and to memory
 };
 
 template <bool two_rows, bool two_weights, bool is_signed>
@@ -143,66 +160,82 @@ inline void multiply_step(const int8_t* rows, int first_rows, const void* first,
   if (two_rows && two_weights) multiply_tiles<sums(1, 1), kRows + 1, kWeights + 1, is_signed>();
 }
 
-// The sums of a block's rows, from their step `rows` on, with the operands.
+template <bool two_rows, bool two_weights, typename Act>
+inline void for_each_sum(const Act& act) {
+  act(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
+  if constexpr (two_weights) act(std::integral_constant<int, 0>{}, std::integral_constant<int, 1>{});
+  if constexpr (two_rows) act(std::integral_constant<int, 1>{}, std::integral_constant<int, 0>{});
+  if constexpr (two_rows && two_weights) act(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
+}
+
+// Adds the products of a block's rows, from their step `rows` on, with a stretch of the operands.
 template <bool two_rows, bool two_weights, bool is_signed>
-void add_up(const int8_t* rows, int64_t num_rows, int first_rows, const Operands& operands, Sums& out) {
-  zero_tile<sums(0, 0)>();
-  if (two_weights) zero_tile<sums(0, 1)>();
-  if (two_rows) zero_tile<sums(1, 0)>();
-  if (two_rows && two_weights) zero_tile<sums(1, 1)>();
+void add_up(const int8_t* rows, int64_t num_rows, int first_rows, const Operands& operands, const Stretch& stretch,
+            Sums& out) {
+  if (stretch.is_first) {
+    for_each_sum<two_rows, two_weights>([](auto r, auto w) { zero_tile<sums(r, w)>(); });
+  } else if (stretch.is_shared) {
+    for_each_sum<two_rows, two_weights>([&](auto r, auto w) { load_tile<sums(r, w)>(out.at[r][w]); });
+  }
   const auto* first = static_cast<const char*>(operands.first);
   const auto* second = static_cast<const char*>(operands.second);
   for (int64_t k = 0; k < operands.num_steps; ++k, rows += kStepCols * num_rows) {
     multiply_step<two_rows, two_weights, is_signed>(rows, first_rows, first + k * kStepBytes, second + k * kStepBytes);
   }
-  if (operands.last) {
-    multiply_step<two_rows, two_weights, is_signed>(rows, first_rows, operands.last, operands.last + kStepBytes);
+  if (stretch.is_last || stretch.is_shared) {
+    for_each_sum<two_rows, two_weights>([&](auto r, auto w) { store_tile<sums(r, w)>(out.at[r][w]); });
   }
-  store_tile<sums(0, 0)>(out.at[0][0]);
-  if (two_weights) store_tile<sums(0, 1)>(out.at[0][1]);
-  if (two_rows) store_tile<sums(1, 0)>(out.at[1][0]);
-  if (two_rows && two_weights) store_tile<sums(1, 1)>(out.at[1][1]);
 }
 
-using AddUp = void (*)(const int8_t*, int64_t, int, const Operands&, Sums&);
+using AddUp = void (*)(const int8_t*, int64_t, int, const Operands&, const Stretch&, Sums&);
 
-// Where rows are left to AVX-512.
-bool are_narrow(const Block* blocks) { return blocks[0].num_rows <= kMostNarrowRows; }
+void int8_results(const Block& block, const Sums& sums, int first_rows, const Tile& tile, int t, float* out,
+                  int64_t stride) {
+  const __m512 scales = _mm512_loadu_ps(static_cast<const float*>(tile.scales));
+  for (int r = 0; r < block.num_rows; ++r, out += stride) {
+    const __m512i sum = _mm512_add_epi32(sums.of(r, first_rows, t), _mm512_set1_epi32(block.offsets[r]));
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
+    _mm512_storeu_ps(out, _mm512_mul_ps(scaled, _mm512_set1_ps(block.scales[r])));
+  }
+}
 
 void multiply_int8(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  if (are_narrow(blocks)) {
+  if (!blocks[0].is_wide) {
     return avx512_kernels().multiply_int8(blocks, num_blocks, tiles, num_tiles, out, stride);
   }
-  const int64_t num_groups = blocks[0].num_groups, num_steps = num_groups / 2;
-  alignas(64) uint8_t last[2][kStepBytes] = {};
-  const bool has_last = num_groups % 2 != 0;
-  for (int t = 0; has_last && t < num_tiles; ++t) {
-    __builtin_memcpy(last[t], tiles[t].quants + num_steps * kStepBytes, kStepBytes / 2);
-  }
-  const Operands operands{tiles[0].quants, tiles[num_tiles - 1].quants, num_steps, has_last ? last[0] : nullptr};
   const Tiles shape(blocks[0].num_rows);
   const AddUp add_up_rows =
       shape.are_two() ? (num_tiles > 1 ? add_up<true, true, false> : add_up<true, false, false>)
                       : (num_tiles > 1 ? add_up<false, true, false> : add_up<false, false, false>);
+  const int64_t num_groups = blocks[0].num_groups, num_steps = num_groups / 2;
+  const uint8_t *first = tiles[0].quants, *second = tiles[num_tiles - 1].quants;
+  const bool has_last = num_groups % 2 != 0;  // half a step is left, filled up with zeros
+  alignas(64) uint8_t last[2][kStepBytes] = {};
+  if (has_last) {
+    __builtin_memcpy(last[0], first + num_steps * kStepBytes, kStepBytes / 2);
+    __builtin_memcpy(last[1], second + num_steps * kStepBytes, kStepBytes / 2);
+  }
+  const Operands operands{first, second, num_steps};
   for (int b = 0; b < num_blocks; ++b) {
     const Block& block = blocks[b];
+    ask_for_results(out, block.num_rows, num_tiles, stride);
     Sums sums;
-    add_up_rows(block.quants, block.num_rows, shape.first(), operands, sums);
-    for (int r = 0; r < block.num_rows; ++r, out += stride) {
-      const __m512i offset = _mm512_set1_epi32(block.offsets[r]);
-      for (int t = 0; t < num_tiles; ++t) {
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums.of(r, shape.first(), t), offset));
-        const __m512 scaled = _mm512_mul_ps(sum, _mm512_loadu_ps(static_cast<const float*>(tiles[t].scales)));
-        _mm512_storeu_ps(out + t * kTileRows, _mm512_mul_ps(scaled, _mm512_set1_ps(block.scales[r])));
-      }
+    add_up_rows(block.quants, block.num_rows, shape.first(), operands, {true, !has_last, false}, sums);
+    if (has_last) {
+      add_up_rows(block.quants + num_steps * kStepCols * block.num_rows, block.num_rows, shape.first(),
+                  {last[0], last[1], 1}, {false, true, false}, sums);
     }
+    for (int t = 0; t < num_tiles; ++t) {
+      int8_results(block, sums, shape.first(), tiles[t], t, out + t * kTileRows, stride);
+    }
+    out += block.num_rows * stride;
   }
 }
 
-// A section of int4 weights times their multipliers: their high digits and their low ones, as operands.
+// A stretch of int4 weights times their multipliers: their high digits and their low ones, as operands.
 struct alignas(64) Digits {
-  int8_t high[kSectionSteps * kStepBytes];
-  int8_t low[kSectionSteps * kStepBytes];
+  int8_t high[kStretchSteps * kStepBytes];
+  int8_t low[kStretchSteps * kStepBytes];
 };
 
 constexpr int kDigitBits = 4;
@@ -239,6 +272,7 @@ inline void split_group(const uint8_t* group, const int8_t* multipliers, int8_t*
   MIXTRAL_UNROLL
   for (int v = 0; v < 4; ++v) {
     const __m512i both = _mm512_xor_si512(_mm512_loadu_si512(group + v * 64), flipped);
+    _mm_prefetch(reinterpret_cast<const char*>(group) + kNearBytes + v * 64, _MM_HINT_T0);
     const __m512i even = _mm512_and_si512(both, mask);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
     _mm512_store_si512(high + v * 128, high_factor.times(even));
@@ -249,17 +283,17 @@ inline void split_group(const uint8_t* group, const int8_t* multipliers, int8_t*
 }
 
 // Returns the number of steps; half a one is filled up with zeros.
-int64_t split_section(const Tile& tile, const SectionScales& section, int64_t first_group, Digits& digits) {
-  for (int64_t i = 0; i < section.num_groups; ++i) {
-    split_group(tile.quants + (first_group + i) * 256, section.multipliers + i * kTileRows,
-                digits.high + i * kStepBytes / 2, digits.low + i * kStepBytes / 2);
+int64_t split_stretch(const uint8_t* group, const int8_t* multipliers, int64_t num_groups, Digits& digits) {
+  for (int64_t i = 0; i < num_groups; ++i) {
+    split_group(group + i * 256, multipliers + i * kTileRows, digits.high + i * kStepBytes / 2,
+                digits.low + i * kStepBytes / 2);
   }
-  if (section.num_groups % 2 != 0) {
-    const int64_t end = section.num_groups * kStepBytes / 2;
+  if (num_groups % 2 != 0) {
+    const int64_t end = num_groups * kStepBytes / 2;
     __builtin_memset(digits.high + end, 0, kStepBytes / 2);
     __builtin_memset(digits.low + end, 0, kStepBytes / 2);
   }
-  return (section.num_groups + 1) / 2;
+  return (num_groups + 1) / 2;
 }
 
 // Adds a section's sums to the totals, which are in `out`.
@@ -275,38 +309,43 @@ void add_section(const Block& block, const Sums& sums, int first_rows, const flo
   }
 }
 
-void int4_tile(const Tiles& shape, const Block* blocks, int num_blocks, const Tile& tile, Digits& digits, float* out,
-               int64_t stride) {
+void int4_tile(const Tiles& shape, const Block* blocks, int num_blocks, const Tile& tile, float* out, int64_t stride) {
   const int64_t num_groups = blocks[0].num_groups, num_sections = sections_of(num_groups);
   const AddUp add_up_rows = shape.are_two() ? add_up<true, true, true> : add_up<false, true, true>;
+  Sums sums[kMaxWideBlocks];
   for (int64_t s = 0; s < num_sections; ++s) {
     const SectionScales section = SectionScales::of(tile.scales, s, num_groups);
-    const int64_t num_steps = split_section(tile, section, s * kSectionGroups, digits);
-    const Operands operands{digits.high, digits.low, num_steps, nullptr};
+    for (int64_t i = 0; i < section.num_groups; i += 2 * kStretchSteps) {
+      const int64_t left = section.num_groups - i, count = left < 2 * kStretchSteps ? left : 2 * kStretchSteps;
+      const int64_t group = s * kSectionGroups + i;
+      Digits digits;
+      const int64_t num_steps =
+          split_stretch(tile.quants + group * 256, section.multipliers + i * kTileRows, count, digits);
+      const Operands operands{digits.high, digits.low, num_steps};
+      for (int b = 0; b < num_blocks; ++b) {
+        add_up_rows(blocks[b].quants + group / 2 * kStepCols * blocks[b].num_rows, blocks[b].num_rows, shape.first(),
+                    operands, {i == 0, count == left, num_blocks > 1}, sums[b]);
+      }
+    }
     float* to = out;
     for (int b = 0; b < num_blocks; to += blocks[b].num_rows * stride, ++b) {
-      const Block& block = blocks[b];
-      Sums sums;
-      add_up_rows(block.quants + s * kSectionSteps * kStepCols * block.num_rows, block.num_rows, shape.first(), operands,
-                  sums);
-      add_section(block, sums, shape.first(), section.scales, s == 0, s + 1 == num_sections, to, stride);
+      add_section(blocks[b], sums[b], shape.first(), section.scales, s == 0, s + 1 == num_sections, to, stride);
     }
   }
 }
 
 void multiply_int4(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  if (are_narrow(blocks)) {
+  if (!blocks[0].is_wide) {
     return avx512_kernels().multiply_int4(blocks, num_blocks, tiles, num_tiles, out, stride);
   }
   const Tiles shape(blocks[0].num_rows);
-  Digits digits;  // 128 KB: half of what second-level caches hold at the least
   for (int t = 0; t < num_tiles; ++t) {
-    int4_tile(shape, blocks, num_blocks, tiles[t], digits, out + t * kTileRows, stride);
+    int4_tile(shape, blocks, num_blocks, tiles[t], out + t * kTileRows, stride);
   }
 }
 
 void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
-  if (place.num_block_rows <= kMostNarrowRows) {
+  if (!place.is_wide) {
     return avx512_kernels().quantize_row(kind, x, num_cols, num_groups, place);
   }
   const auto at = [&](int64_t column) {
@@ -322,8 +361,13 @@ void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_group
 }  // namespace
 
 const Kernels& amx_kernels() {
-  static const Kernels kernels = {1,           kMostNarrowRows,         quantize_row, multiply_int8, multiply_int4,
-                                  avx512_kernels().gate, avx512_kernels().combine};
+  static const Kernels kernels = {1,
+                                  {kMostNarrowInt8Rows, kMostNarrowInt4Rows},
+                                  quantize_row,
+                                  multiply_int8,
+                                  multiply_int4,
+                                  avx512_kernels().gate,
+                                  avx512_kernels().combine};
   return kernels;
 }
 

@@ -347,7 +347,8 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 
 const Kernels& avx2_kernels() {
   static constexpr Kernels kernels = {
-      kInt8ColumnBytes, kAllNarrow, quantize_row, multiply<&kInt8Passes>, multiply<&kInt4Passes>, gate, combine};
+      kInt8ColumnBytes,         {kAllNarrow, kAllNarrow}, quantize_row, multiply<&kInt8Passes>,
+      multiply<&kInt4Passes>, gate,                     combine};
   return kernels;
 }
 

@@ -20,13 +20,14 @@ Routing Routing::take(Scratch& scratch, int64_t num_rows, int64_t num_experts, i
   return routing;
 }
 
-void Routing::sort(const int64_t* ids, const float* weights, int64_t num_rows, const Kernels& kernels) {
+void Routing::sort(const int64_t* ids, const float* weights, int64_t num_rows, const Kernels& kernels,
+                   Kind kind) {
   for (int64_t e = 0; e < num_experts; ++e) segments[e] = {0, 0, 0};
   for (int64_t i = 0; i < num_rows * k; ++i) ++segments[ids[i]].num_rows;
   int64_t next = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     segments[e].first_row = next;
-    segments[e].max_block_rows = kernels.block_rows(segments[e].num_rows);
+    segments[e].max_block_rows = kernels.block_rows(kind, segments[e].num_rows);
     next += segments[e].num_rows;
     segments[e].num_rows = 0;  // counts again while slots are filled
   }

@@ -22,8 +22,9 @@ struct Routing {
 
   static Routing take(Scratch& scratch, int64_t num_rows, int64_t num_experts, int64_t k);
 
-  // Sorts `ids` and `weights` [num_rows, k]; the segments are cut as `kernels` want them.
-  void sort(const int64_t* ids, const float* weights, int64_t num_rows, const Kernels& kernels);
+  // Sorts `ids` and `weights` [num_rows, k]; the segments are cut as `kernels` want them for `kind`.
+  void sort(const int64_t* ids, const float* weights, int64_t num_rows, const Kernels& kernels,
+            Kind kind);
 };
 
 // Whether every id names an expert.

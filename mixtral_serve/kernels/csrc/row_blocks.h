@@ -17,6 +17,8 @@ struct Segment {
   int64_t num_rows;
   int64_t max_block_rows;
 
+  bool is_wide() const { return max_block_rows > kNarrowBlockRows; }
+
   int64_t num_blocks() const { return (num_rows + max_block_rows - 1) / max_block_rows; }
 
   // First row of block `index`, counted from the segment's first; that of index num_blocks() is num_rows.
@@ -53,14 +55,14 @@ struct PackedRows {
   Block block(const Segment& segment, int64_t index) const {
     const int64_t start = segment.block_start(index), row = segment.first_row + start;
     return {quants + row * row_bytes(), offsets + row * num_offsets(), scales + row,
-            static_cast<int>(segment.block_start(index + 1) - start), num_groups};
+            static_cast<int>(segment.block_start(index + 1) - start), segment.is_wide(), num_groups};
   }
 
   RowPlace place(const Segment& segment, int64_t row_of_segment) const {
     const int64_t index = segment.block_of(row_of_segment), start = segment.block_start(index);
     const int64_t first = segment.first_row + start, within = row_of_segment - start;
     return {quants + first * row_bytes(), offsets + first * num_offsets(), scales + first + within, within,
-            segment.block_start(index + 1) - start};
+            segment.block_start(index + 1) - start, segment.is_wide()};
   }
 };
 
