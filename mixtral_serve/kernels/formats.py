@@ -113,7 +113,8 @@ class PackedMatrix:
             these = slice(first, min(first + SECTION_GROUPS, groups))
             middle = begin + TILE_ROWS * SCALE_BYTES
             end = middle + TILE_ROWS * (these.stop - first)
-            multipliers = self.scales[..., middle:end].view(torch.int8).unflatten(-1, (-1, TILE_ROWS))
+            multipliers = self.scales[..., middle:end].view(torch.int8)
+            multipliers = multipliers.view(*multipliers.shape[:-1], -1, TILE_ROWS)
             yield Section(these, self.scales[..., begin:middle].view(torch.float32), multipliers)
             begin = end
 

@@ -26,5 +26,5 @@ def test_wider_instructions_count_more_operations_per_round() -> None:
         with limited_to(isa):
             counts.append(multiply_registers())
     assert all(count > 0 for count in counts)
-    if native.best_isa() is Isa.AVX512_VNNI:
-        assert counts[Isa.AVX512_VNNI] > counts[Isa.AVX2] > counts[Isa.PORTABLE]
+    there = counts[: native.best_isa() + 1]
+    assert sorted(set(there)) == there

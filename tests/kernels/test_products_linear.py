@@ -143,6 +143,17 @@ def test_rows_beyond_one_pass_are_computed_like_the_others(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_pytorchs_own_products_and_these_leave_each_other_alone(kind: Kind) -> None:
+    """Both may use registers that keep a shape between instructions."""
+    weight, x = quantize(randn(100, 330), kind), randn(40, 330, seed=1)
+    left, right = randn(64, 330, seed=2).bfloat16(), randn(330, 96, seed=3).bfloat16()
+    ours, theirs = linear(x, weight), left @ right
+    for _ in range(3):
+        assert torch.equal(left @ right, theirs)
+        assert torch.equal(linear(x, weight), ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_adversarial_rows_are_right_and_touch_no_neighbour(kind: Kind) -> None:
     weight, x = quantize(randn(40, 100), kind), randn(13, 100, seed=1)
     plain = x.clone()

@@ -2,6 +2,7 @@
 // relate the kernels to these two.
 #include <cstdint>
 
+#include "amx_tiles.h"
 #include "cpu.h"
 #include "parallel.h"
 
@@ -42,6 +43,7 @@ __attribute__((target("avx2"))) uint64_t read_avx2(const uint64_t* words, int64_
 // Sums that do not wait for each other; every loop over them is unrolled, so that they stay in registers.
 constexpr int kAvx2Chains = 10;
 constexpr int kAvx512Chains = 16;
+constexpr int kAmxChains = 4;
 
 // Multiplications and additions of one round: chains * products per instruction * 2.
 __attribute__((target("avx2"))) int64_t multiply_avx2(int64_t rounds) {
@@ -83,6 +85,20 @@ __attribute__((target("avx512f,avx512vnni"))) int64_t multiply_avx512(int64_t ro
   for (int j = 0; j < kAvx512Chains; ++j) asm volatile("" : : "v"(sums[j]));
   return rounds * kAvx512Chains * 64 * 2;
 }
+
+int64_t multiply_amx(int64_t rounds) {
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, 16);
+  take_tiles(shapes);
+  for (int64_t i = 0; i < rounds; ++i) {
+    multiply_tiles<0, 4, 6, false>();
+    multiply_tiles<1, 4, 7, false>();
+    multiply_tiles<2, 5, 6, false>();
+    multiply_tiles<3, 5, 7, false>();
+  }
+  release_tiles();
+  return rounds * kAmxChains * 16 * 16 * 64 * 2;
+}
 #endif
 
 // The instructions of the portable kernels are the compiler's choice; four products at a time is what C++ says.
@@ -111,6 +127,7 @@ uint64_t read(const uint64_t* words, int64_t count) {
 
 int64_t multiply(int64_t rounds) {
 #if defined(__x86_64__)
+  if (active_isa() == Isa::amx) return multiply_amx(rounds);
   if (active_isa() == Isa::avx512vnni) return multiply_avx512(rounds);
   if (active_isa() == Isa::avx2) return multiply_avx2(rounds);
 #endif

@@ -9,8 +9,6 @@
 // A block's rows are two tiles of nearly equal size, or one. A smaller block that follows is read as if it had one row
 // more, which is memory of the rows' own, and what comes of it is not looked at.
 //
-// The instructions are written as assembly: compilers' intrinsics for them say nothing of the memory they read.
-//
 // Rejected: one sum per group, scaled in floating point (the tiles' way through memory and the conversions took three
 // times as long as the products).
 #include <cstdint>
@@ -32,6 +30,7 @@
 #endif
 #include <immintrin.h>
 
+#include "amx_tiles.h"
 #include "rows_avx512.h"
 
 #define MIXTRAL_UNROLL _Pragma("GCC unroll 16")
@@ -54,31 +53,6 @@ constexpr int kMaxWideBlocks = kMaxRunRows / kWideBlockRows;
 constexpr int sums(int rows, int weights) { return 2 * rows + weights; }
 constexpr int kRows = 4, kWeights = 6;
 
-template <int tile>
-inline void load_tile(const void* memory) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(memory), "r"(int64_t{64}), "i"(tile) : "memory");
-}
-
-template <int tile>
-inline void store_tile(void* memory) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(memory), "r"(int64_t{64}), "i"(tile) : "memory");
-}
-
-template <int tile>
-inline void zero_tile() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
-}
-
-// Signed rows times unsigned weights (int8), or times signed ones (int4).
-template <int sums, int rows, int weights, bool is_signed>
-inline void multiply_tiles() {
-  if (is_signed) {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(weights));
-  } else {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(rows), "i"(weights));
-  }
-}
-
 // Asks for lines that will be written after what is computed now.
 inline void ask_for_results(const float* out, int num_rows, int num_tiles, int64_t stride) {
   for (int r = 0; r < num_rows; ++r, out += stride) {
@@ -86,23 +60,21 @@ inline void ask_for_results(const float* out, int num_rows, int num_tiles, int64
   }
 }
 
-// How the rows of a block are cut into tiles, and the registers' shapes while it lives. Registers that are in use make
-// a switch of threads slower, so none are when it is gone.
+// How the rows of a block are cut into tiles, and the registers' shapes while it lives.
 class Tiles {
  public:
   explicit Tiles(int num_rows) : first_(num_rows <= 16 ? num_rows : (num_rows + 1) / 2), second_(num_rows - first_) {
-    Config config{};
-    config.palette = 1;
+    TileShapes shapes;
     for (int w = 0; w < 2; ++w) {
-      config.set(sums(0, w), first_);
-      config.set(sums(1, w), second_);
-      config.set(kWeights + w, 16);
+      shapes.set(sums(0, w), first_);
+      shapes.set(sums(1, w), second_);
+      shapes.set(kWeights + w, 16);
     }
-    config.set(kRows, first_);
-    config.set(kRows + 1, second_);
-    asm volatile("ldtilecfg %0" : : "m"(config));
+    shapes.set(kRows, first_);
+    shapes.set(kRows + 1, second_);
+    take_tiles(shapes);
   }
-  ~Tiles() { asm volatile("tilerelease"); }
+  ~Tiles() { release_tiles(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
@@ -110,17 +82,6 @@ class Tiles {
   bool are_two() const { return second_ > 0; }
 
  private:
-  struct alignas(64) Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-
-    void set(int tile, int num_rows) {
-      rows[tile] = static_cast<uint8_t>(num_rows);
-      row_bytes[tile] = num_rows > 0 ? 64 : 0;
-    }
-  };
-
   int first_, second_;
 };
 
