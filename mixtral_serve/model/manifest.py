@@ -100,7 +100,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     if fields.get("format") != FORMAT:
         raise CheckpointError(MANIFEST, f"must be {FORMAT!r}", subject="format")
     if fields.get("version") != FORMAT_VERSION:
-        problem = f"is {str(fields.get('version'))[:20]}; this server reads version {FORMAT_VERSION}"
+        version = str(fields.get("version"))[:20]
+        problem = f"is {version}; this server reads version {FORMAT_VERSION}: quantize the original again"
         raise CheckpointError(MANIFEST, problem, subject="version")
     digest = fields.pop("digest", None)
     try:

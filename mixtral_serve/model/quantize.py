@@ -35,7 +35,7 @@ from mixtral_serve.model.manifest import (
     file_sha256,
     verified_manifest,
 )
-from mixtral_serve.model.packed_layout import PackedFile, packed_files
+from mixtral_serve.model.packed_layout import FORMAT_VERSION, PackedFile, packed_files
 from mixtral_serve.model.packed_writer import PackedWriter, work_for
 from mixtral_serve.model.progress import BYTES, Progress, progress
 from mixtral_serve.model.quantize_journal import (
@@ -114,7 +114,14 @@ def _job(source: Checkpoint, weights: Packing, revision: str | None) -> Job:
     for name in sorted(names):
         status = (source.path / name).stat()
         files[name] = SourceFile(status.st_size, status.st_mtime_ns)
-    return Job(tool=TOOL, weights=weights, revision=revision, shape=source.shape, files=files)
+    return Job(
+        tool=TOOL,
+        format_version=FORMAT_VERSION,
+        weights=weights,
+        revision=revision,
+        shape=source.shape,
+        files=files,
+    )
 
 
 def _accept(destination: Path, job: Job) -> Manifest:

@@ -36,6 +36,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What is made from what; files of different jobs must not be mixed."""
 
     tool: str
+    format_version: int
+    """Of what is written."""
     weights: Packing
     revision: str | None
     shape: ModelShape
@@ -48,8 +50,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             return f"with --weights {begun.weights}"
         if begun.revision != self.revision:
             return f"from revision {begun.revision or 'unknown'}"
-        if begun.tool != self.tool:
-            return f"by {begun.tool}"
+        if (begun.tool, begun.format_version) != (self.tool, self.format_version):
+            return f"by {begun.tool}, in version {begun.format_version} of the format"
         if begun.shape != self.shape:
             return "from a model of another shape"
         changed = sorted(name for name in self.files | begun.files if self.files.get(name) != begun.files.get(name))

@@ -128,6 +128,18 @@ def test_row_has_the_same_bits_alone_and_at_any_place_of_any_batch(kind: Kind, i
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [257, 400])
+def test_one_expert_may_have_all_rows_of_a_pass(kind: Kind, rows: int) -> None:
+    experts, hidden = layer(kind, 100, 130), randn(rows, 100)
+    ids, weights = torch.tensor([[5, 2]]).repeat(rows, 1), torch.tensor([[0.75, 0.25]]).repeat(rows, 1)
+    for isa in isas():
+        with limited_to(isa):
+            together = experts(hidden, ids, weights)
+            for i in (0, 127, 255, 256, rows - 1):
+                assert torch.equal(together[[i]], experts(hidden[[i]], ids[[i]], weights[[i]]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_order_in_which_a_row_names_its_experts_changes_no_bit(kind: Kind) -> None:
     experts, hidden = layer(kind, 64, 48), randn(20, 64)
     ids, weights = routing(20, seed=1)

@@ -111,6 +111,24 @@ def test_wide_rows_of_several_sections_are_within_the_same_bound_on_every_instru
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 12, 13, 17, 33, 65, 256, 300])
+@pytest.mark.parametrize("num_cols", [4096 + 3 * 32, 2 * 4096])
+def test_bytes_that_no_quantiser_writes_are_multiplied_like_any_others(kind: Kind, rows: int, num_cols: int) -> None:
+    """Every byte is a weight, and every byte a multiplier, -128 as well."""
+    weight, x = PackedMatrix.empty(kind, 48, num_cols), randn(rows, num_cols, seed=1)
+    generator = torch.Generator().manual_seed(rows)
+    weight.fill_scales(1 / 128)
+    weight.quants.random_(0, 256, generator=generator)
+    if kind == "int4":
+        for section in weight.sections():
+            section.multipliers.random_(-128, 128, generator=generator)
+    expected, bound = reference(x, weight)
+    for isa in isas():
+        with limited_to(isa):
+            assert bool(((linear(x, weight).double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isa", list(Isa), ids=lambda isa: isa.name.lower())
 def test_row_has_the_same_bits_alone_and_at_any_place_of_any_batch(kind: Kind, isa: Isa) -> None:
     if isa not in isas():
@@ -201,6 +219,13 @@ def test_operator_keeps_pytorchs_rules(kind: Kind) -> None:
     arguments = (x, weight.quants, weight.scales, weight.num_rows)
     operator = getattr(torch.ops.mixtral_serve, f"linear_{kind}").default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_scales_between_two_numbers_in_memory_are_refused() -> None:
+    weight = quantize(randn(20, 64), "int4")
+    moved = torch.empty(weight.scales.numel() + 1, dtype=torch.uint8)[1:].view(weight.scales.shape)
+    with pytest.raises(KernelArgumentError, match=r"^scales must begin at a multiple of 4 bytes"):
+        torch.ops.mixtral_serve.linear_int4(randn(3, 64), weight.quants, moved, 20)
 
 
 @pytest.mark.parametrize("kind", KINDS)

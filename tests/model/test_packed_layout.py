@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from mixtral_serve.kernels.formats import PackedMatrix
 from mixtral_serve.model.packed_layout import ENDS_FILE, layer_file, packed_files
-from mixtral_serve.model.shape import EMBEDDING, ModelShape
+from mixtral_serve.model.shape import EMBEDDING, ModelShape, int4_scale_bytes
 
 PACKINGS = ("int8", "int4")
 
@@ -24,6 +24,11 @@ def test_matrices_lie_as_the_kernels_hold_them(tiny_shape: ModelShape, packing) 
                 stored = file.tensor(f"{matrix.name}.{leaf}")
                 assert stored.dims == tensor.shape
                 assert stored.num_bytes == tensor.nbytes
+
+
+@pytest.mark.parametrize("num_cols", [1, 32, 33, 4096, 4097, 8192, 14336, 14337])
+def test_scales_take_what_the_kernels_say_however_many_sections(num_cols: int) -> None:
+    assert int4_scale_bytes(num_cols) == PackedMatrix.empty("int4", 16, num_cols).scales.nbytes
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

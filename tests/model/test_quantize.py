@@ -20,7 +20,7 @@ from mixtral_serve import __version__
 from mixtral_serve.model.checkpoint import Checkpoint, open_checkpoint
 from mixtral_serve.model.errors import CheckpointError, DestinationError
 from mixtral_serve.model.manifest import JOURNAL, MANIFEST, file_sha256
-from mixtral_serve.model.packed_layout import ENDS_FILE, layer_file
+from mixtral_serve.model.packed_layout import ENDS_FILE, FORMAT_VERSION, layer_file
 from mixtral_serve.model.quantize import quantize_checkpoint
 from mixtral_serve.model.shape import ModelShape, Packing
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
@@ -159,6 +159,15 @@ def test_row57_a_finished_file_that_was_damaged_since_is_made_again(source: Chec
     data[-1] ^= 1
     (tmp_path / "packed" / layer_file(1)).write_bytes(data)
     assert pack(source, tmp_path / "packed") == whole
+
+
+def test_a_run_begun_in_another_version_of_the_format_is_not_continued(source: Checkpoint, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "packed")
+    journal = tmp_path / "packed" / JOURNAL
+    begun = journal.read_text()
+    assert f'"format_version":{FORMAT_VERSION},' in begun
+    journal.write_text(begun.replace(f'"format_version":{FORMAT_VERSION},', '"format_version":1,'))
+    assert "version 1 of the format" in refusal(lambda: pack(source, tmp_path / "packed"))
 
 
 def test_another_job_is_not_mixed_into_an_unfinished_one(source: Checkpoint, tmp_path: Path) -> None:

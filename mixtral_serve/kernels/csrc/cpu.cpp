@@ -3,16 +3,26 @@
 #include <atomic>
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace mixtral {
 namespace {
 
 std::atomic<int> g_asked{-1};
+
+#if defined(__x86_64__)
+// Asked of the CPU itself, since not every compiler's own question knows it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29) != 0;
+}
+#endif
 
 #if defined(__x86_64__) && defined(__linux__)
 // Whether this process may use AMX for bytes: the CPU has it, the kernel saves its registers, and grants them when
@@ -29,7 +39,7 @@ bool has_amx_int8() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
-#else
+#elif defined(__x86_64__)
 bool has_amx_int8() { return false; }
 #endif
 
@@ -38,7 +48,7 @@ bool has_amx_int8() { return false; }
 Isa best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vnni")) {

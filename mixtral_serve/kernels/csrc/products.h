@@ -102,7 +102,7 @@ struct Visit {
 // what lies outside the matrix does no harm.
 struct Ahead {
   const char* quants;
-  const char* scales;  // int4: moves a quarter of a step with every group
+  const char* scales;  // int4: moves a step with every four groups
   int64_t step;
 };
 
@@ -114,7 +114,8 @@ inline Ahead ahead_of(const Tile& tile, const Visit& visit, int64_t num_lines) {
     return {reinterpret_cast<const char*>(tile.quants) + kNearBytes,
             static_cast<const char*>(tile.scales) + kNearBytes / 16, 64};
   }
-  const int64_t step = 64 / visit.count, first = visit.index * num_lines * step;
+  const int64_t count = visit.count < 64 ? visit.count : 64, step = 64 / count;
+  const int64_t first = visit.index % count * num_lines * step;
   return {reinterpret_cast<const char*>(tile.next_quants) + first,
           static_cast<const char*>(tile.next_scales) + first / 16, step};
 }

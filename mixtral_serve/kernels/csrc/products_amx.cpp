@@ -13,7 +13,6 @@
 // times as long as the products).
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "products.h"
 
@@ -40,7 +39,6 @@ namespace {
 
 constexpr int kStepCols = 64;  // columns of one instruction
 constexpr int64_t kStepBytes = 16 * 64;
-constexpr int64_t kSectionSteps = kSectionGroups * kGroupCols / kStepCols;
 // Steps of weights that all blocks of a run meet while they lie in the first-level cache: 16 KB of two operands.
 constexpr int64_t kStretchSteps = 8;
 // So few rows are done sooner by AVX-512: of int8 one, of int4 those for which making the digits does not pay.
@@ -121,12 +119,18 @@ inline void multiply_step(const int8_t* rows, int first_rows, const void* first,
   if (two_rows && two_weights) multiply_tiles<sums(1, 1), kRows + 1, kWeights + 1, is_signed>();
 }
 
+template <int value>
+struct Index {
+  constexpr operator int() const { return value; }
+};
+
+// act(row tile, operand) for all sums that are in use.
 template <bool two_rows, bool two_weights, typename Act>
 inline void for_each_sum(const Act& act) {
-  act(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
-  if constexpr (two_weights) act(std::integral_constant<int, 0>{}, std::integral_constant<int, 1>{});
-  if constexpr (two_rows) act(std::integral_constant<int, 1>{}, std::integral_constant<int, 0>{});
-  if constexpr (two_rows && two_weights) act(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
+  act(Index<0>{}, Index<0>{});
+  if constexpr (two_weights) act(Index<0>{}, Index<1>{});
+  if constexpr (two_rows) act(Index<1>{}, Index<0>{});
+  if constexpr (two_rows && two_weights) act(Index<1>{}, Index<1>{});
 }
 
 // Adds the products of a block's rows, from their step `rows` on, with a stretch of the operands.
@@ -208,11 +212,11 @@ inline __m512i fill_lanes(__m512i lanes) {
 }
 
 // One digit of a group's multipliers, in both words of every lane, and what it makes of the nibble that stands for 0.
-struct Factor {
+struct DigitFactor {
   __m512i words, zeros;
 
   // `digit` and `zero` one number per lane.
-  Factor(__m512i digit, __m512i zero)
+  DigitFactor(__m512i digit, __m512i zero)
       : words(_mm512_or_si512(digit, _mm512_slli_epi32(digit, 16))),
         zeros(fill_lanes(_mm512_mullo_epi32(digit, zero))) {}
 
@@ -227,8 +231,8 @@ inline void split_group(const uint8_t* group, const int8_t* multipliers, int8_t*
   // A negative multiplier is that of the nibbles counted from the other end: -(n - 8) = (15 - n) - 7.
   const __m512i flipped = _mm512_srai_epi32(signed_lanes, 31);
   const __m512i zero = _mm512_add_epi32(_mm512_set1_epi32(8), flipped);
-  const Factor high_factor(_mm512_srli_epi32(lanes, kDigitBits), zero);
-  const Factor low_factor(_mm512_and_si512(lanes, _mm512_set1_epi32(15)), zero);
+  const DigitFactor high_factor(_mm512_srli_epi32(lanes, kDigitBits), zero);
+  const DigitFactor low_factor(_mm512_and_si512(lanes, _mm512_set1_epi32(15)), zero);
   const __m512i mask = _mm512_set1_epi8(15);
   MIXTRAL_UNROLL
   for (int v = 0; v < 4; ++v) {
@@ -279,6 +283,7 @@ void int4_tile(const Tiles& shape, const Block* blocks, int num_blocks, const Ti
     for (int64_t i = 0; i < section.num_groups; i += 2 * kStretchSteps) {
       const int64_t left = section.num_groups - i, count = left < 2 * kStretchSteps ? left : 2 * kStretchSteps;
       const int64_t group = s * kSectionGroups + i;
+      // A single block's sums stay in their registers meanwhile: nothing that is called here uses tiles.
       Digits digits;
       const int64_t num_steps =
           split_stretch(tile.quants + group * 256, section.multipliers + i * kTileRows, count, digits);

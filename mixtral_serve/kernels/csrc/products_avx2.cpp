@@ -1,8 +1,8 @@
 // products.h for AVX2: eight outputs in the lanes, so a tile is two halves.
 //
 // The byte product of AVX2 adds two products in 16 bits and saturates. int4: 0..15 times -127..127 leaves room for the
-// eight pairs of a group, and the product of 16 bits that widens them multiplies by the group's multiplier as well; the
-// two words of a sum start at an offset of their own, and may wrap on the way, since in the end they fit. int8: rows lie in memory as 16-bit numbers, weights are
+// eight pairs of a group, and the product of 16 bits that widens them multiplies by the group's multiplier as well; each
+// of a sum's two words starts at an offset of its own, and stays within 16 columns of -8 times 127. int8: rows lie in memory as 16-bit numbers, weights are
 // widened as they are loaded, once for all rows, and the product of 16 bits adds pairs in 32: as many multiplications
 // as bytes would take (|weight| times the row with the weight's sign, then the widening), without the signs.
 //
@@ -233,9 +233,11 @@ inline void int4_section(const Block& block, int first, const Tile& tile, int ha
   for (int64_t i = 0; i < section.num_groups; ++i) {
     MIXTRAL_UNROLL
     for (int v = 0; v < 4; ++v) prefetch(ahead.quants + v * ahead.step);
-    prefetch(ahead.scales);
     ahead.quants += 4 * ahead.step;
-    ahead.scales += ahead.step / 4;
+    if (i % 4 == 0) {
+      prefetch(ahead.scales);
+      ahead.scales += ahead.step;
+    }
     const int64_t g = s * kSectionGroups + i;
     MIXTRAL_UNROLL
     for (int h = 0; h < kHalves; ++h) {

@@ -122,10 +122,13 @@ void int4_tile(const Block& block, const Tile& tile, const Visit& visit, float* 
     __m512i section_sums[kRows];
     MIXTRAL_UNROLL
     for (int r = 0; r < kRows; ++r) section_sums[r] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < section.num_groups; ++i, ++g, ahead.scales += ahead.step / 4) {
+    for (int64_t i = 0; i < section.num_groups; ++i, ++g) {
       __m512i sums[kRows];
       int4_group<kRows>(block, tile.quants + g * 256, g, ahead, sums);
-      if (i % 4 == 0) prefetch(ahead.scales);
+      if (i % 4 == 0) {
+        prefetch(ahead.scales);
+        ahead.scales += ahead.step;
+      }
       // The low word of each sum times the multiplier; the high words, times zero, add nothing.
       const auto* multipliers = reinterpret_cast<const __m128i*>(section.multipliers + i * kTileRows);
       const __m512i words =

@@ -1,8 +1,9 @@
 // Quantising a row with AVX-512, for whatever order its bytes are put down in.
 //
-// Included inside a translation unit's own target pragma, hence no standard templates and everything in an anonymous
-// namespace.
+// Included inside a translation unit's own target pragma, hence everything in an anonymous namespace.
 #pragma once
+
+#include <limits>
 
 #include "products.h"
 
@@ -36,7 +37,7 @@ inline int32_t quantize_columns(const float* x, int64_t num_cols, int64_t num_gr
   const float inverse = 127.0f / absmax;
   const bool usable = finite && inverse <= std::numeric_limits<float>::max();
   *scale = usable ? absmax / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  const __m512 inverses = _mm512_set1_ps(inverse);
+  const __m512 inverses = _mm512_set1_ps(usable ? inverse : 0.0f);
   __m512i row_sum = _mm512_setzero_si512();
   for (int64_t g = 0; g < num_groups; ++g) {
     // A row that cannot be used is read as if it had no columns: zeros.

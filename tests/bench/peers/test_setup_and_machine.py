@@ -24,6 +24,17 @@ def test_every_recipe_names_exact_versions_of_its_peer() -> None:
         assert "==" in recipe.packages[0]
 
 
+def test_llama_cpp_is_compiled_without_amx_where_there_is_amx_and_as_ever_elsewhere() -> None:
+    recipe = RECIPES["llama"]
+    assert recipe.environment(["avx2", "avx512f"]) == recipe.variables
+    assert recipe.environment(["avx2", "amx_int8"])["CMAKE_ARGS"].split() == [
+        *recipe.variables["CMAKE_ARGS"].split(),
+        "-DCMAKE_C_FLAGS=-mno-amx-int8",
+        "-DCMAKE_CXX_FLAGS=-mno-amx-int8",
+    ]
+    assert RECIPES["vllm"].environment(["amx_int8"]) == {}
+
+
 def test_an_unknown_peer_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["tgi"])
