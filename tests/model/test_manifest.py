@@ -207,7 +207,7 @@ def test_a_manifest_cannot_name_files_of_other_kinds(packed) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: m.update(version=1), "version: is 1; this server reads version 2: quantize the original again"),
+        (lambda m: m.update(version=1), "manifest.json: version: is 1; this server reads version 2: quantize the orig"),
         (lambda m: m.update(format="other"), "manifest.json: format: must be "),
         (lambda m: m.update(weights="int2"), "manifest.json: is not as quantize writes it: "),
         (lambda m: m.pop("files"), "manifest.json: is not as quantize writes it: "),
