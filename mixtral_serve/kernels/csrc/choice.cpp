@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kUnsettled = -1, kNotFinite = -2;
 constexpr int64_t kThreadWork = 64 << 10;  // numbers that are worth waking a thread
 constexpr int64_t kRankChunk = 64;
+constexpr int64_t kGlance = 16;  // numbers of a chunk that are looked at together
 constexpr int64_t kDrawChunk = 256;  // whose shares are added up before it is decided among which tokens to draw
 constexpr int64_t kFirstRanked = 64, kMostRanked = 2048, kWider = 16;
 constexpr int64_t kCapacity = 2 * kMostRanked;  // room for equals
@@ -189,10 +190,14 @@ class Row {
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       if (maxima_[chunk] < threshold.value) continue;
       const int64_t end = std::min((chunk + 1) * kRankChunk, width_);
-      for (int64_t id = chunk * kRankChunk; id < end; ++id) {
-        if (!(x_[id] >= threshold.value)) continue;  // nor what is not a number: it has no place in an order
-        if (num == kCapacity) return 0;
-        candidates_[num++] = {x_[id], static_cast<int32_t>(id), 0.0};
+      for (int64_t first = chunk * kRankChunk; first < end; first += kGlance) {
+        const int64_t count = std::min(kGlance, end - first);
+        if (num_from(x_ + first, count, threshold.value) == 0) continue;  // most have none, and it is soon seen
+        for (int64_t id = first; id < first + count; ++id) {
+          if (!(x_[id] >= threshold.value)) continue;  // nor what is not a number: it has no place in an order
+          if (num == kCapacity) return 0;
+          candidates_[num++] = {x_[id], static_cast<int32_t>(id), 0.0};
+        }
       }
     }
     std::sort(candidates_, candidates_ + num, [](const Candidate& a, const Candidate& b) {

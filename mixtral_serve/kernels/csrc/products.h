@@ -107,7 +107,7 @@ struct Ahead {
 };
 
 // About what arrives while a thread waits for one line of memory.
-constexpr int64_t kNearBytes = 4096;
+constexpr int64_t kNearBytes = 2048;
 
 inline Ahead ahead_of(const Tile& tile, const Visit& visit, int64_t num_lines) {
   if (visit.count == 1) {

@@ -58,15 +58,19 @@ void exponentials(const float* x, int64_t count, float peak, float scale, float*
   for (; i < count; ++i) out[i] = exp_f32((x[i] - peak) * scale);
 }
 
-// A number times 0 is 0 if it is finite, and NaN otherwise, which no sum forgets.
+// A number times 0 is 0 if it is finite, and NaN otherwise, which no sum forgets, whatever its order.
 void finite_rows(const float* rows, int64_t width, uint8_t* out, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; ++row) {
     const float* x = rows + row * width;
     const Lanes zeros = broadcast(0.0f);
-    Lanes sums = zeros;
+    Lanes sums[4] = {zeros, zeros, zeros, zeros};  // one alone would wait for itself
     int64_t i = 0;
-    for (; i + 16 <= width; i += 16) sums = fused(load(x + i), zeros, sums);
-    float sum = sum_of(sums);
+    for (; i + 64 <= width; i += 64) {
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) sums[s] = fused(load(x + i + 16 * s), zeros, sums[s]);
+    }
+    for (; i + 16 <= width; i += 16) sums[0] = fused(load(x + i), zeros, sums[0]);
+    float sum = sum_of(plus(plus(sums[0], sums[1]), plus(sums[2], sums[3])));
     for (; i < width; ++i) sum += x[i] * 0.0f;
     out[row] = sum == 0.0f;
   }
