@@ -28,6 +28,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def label(self) -> str:
+        """The name, and what an operator may want to know besides."""
+        ...
+
+    @property
     def is_row_invariant(self) -> bool:
         """Whether a row's result has the same bits whatever else is in the batch and for any number of threads."""
         ...

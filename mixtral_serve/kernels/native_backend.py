@@ -8,7 +8,7 @@ from __future__ import annotations
 from mixtral_serve.kernels.backend import ExpertsOp, LinearOp
 from mixtral_serve.kernels.formats import Kind, PackedMatrix
 from mixtral_serve.kernels.names import BackendName
-from mixtral_serve.kernels.native import NativeUnavailableError, library
+from mixtral_serve.kernels.native import NativeUnavailableError, best_isa, library
 from mixtral_serve.kernels.native_products import NativeExperts, NativeLinear
 
 
@@ -17,6 +17,11 @@ class NativeBackend:
 
     name: BackendName = "native"
     is_row_invariant = True
+
+    @property
+    def label(self) -> str:
+        """The name, and the instructions that this CPU computes with."""
+        return f"{self.name} ({best_isa().name.lower()})"
 
     def missing(self, kind: Kind) -> str | None:  # noqa: ARG002 - it computes with every kind
         """See the protocol."""

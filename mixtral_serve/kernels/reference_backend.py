@@ -29,6 +29,7 @@ class ReferenceBackend:
     """Implements ``Backend`` for both kinds, everywhere."""
 
     name: BackendName = "reference"
+    label = "reference"
     is_row_invariant = False
     """fp64 products may be summed in any order; what is left of that after rounding to fp32 is rare, but there."""
 

@@ -77,7 +77,7 @@ def choose(
         missing = backend.missing(kind)
         if missing is not None:
             raise KernelsUnavailableError(f"kernels = {asked}, weights = {kind}: {missing}")
-        _log.info("kernels: %s, as configured", asked)
+        _log.info("kernels: %s, as configured", backend.label)
         return backend
     able: list[Backend] = []
     reasons: dict[BackendName, str] = {}
@@ -93,7 +93,7 @@ def choose(
         raise KernelsUnavailableError(f"weights = {kind}: {reasons[PREFERENCE[0]]}")
     if len(able) == 1:
         others = "".join(f"; {name} cannot: {reason}" for name, reason in reasons.items() if name == PREFERENCE[0])
-        _log.info("kernels: %s, the only one for %s weights here%s", able[0].name, kind, others)
+        _log.info("kernels: %s, the only one for %s weights here%s", able[0].label, kind, others)
         return able[0]
     return _fastest(able, kind, dims, clock)
 
@@ -108,7 +108,7 @@ def _fastest(able: list[Backend], kind: Kind, dims: tuple[int, int], clock: Call
             chosen, best_s = backend, math.sqrt(math.prod(each_s))
     _log.info(
         "kernels: %s for %s weights; ms for 1 and 16 rows times %d x %d: %s",
-        chosen.name,
+        chosen.label,
         kind,
         matrix.num_rows,
         matrix.num_cols,

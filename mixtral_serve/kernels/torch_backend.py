@@ -37,6 +37,7 @@ class TorchBackend:
     """Implements ``Backend`` for int8."""
 
     name: BackendName = "torch"
+    label = "torch"
     is_row_invariant = False
 
     def missing(self, kind: Kind) -> str | None:

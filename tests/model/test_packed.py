@@ -34,6 +34,7 @@ class Keeper:
     """A backend that computes nothing and keeps the matrices it is given."""
 
     name = "keeper"
+    label = "keeper"
     is_row_invariant = False
 
     def __init__(self) -> None:
