@@ -39,8 +39,9 @@ namespace {
 
 constexpr int kStepCols = 64;  // columns of one instruction
 constexpr int64_t kStepBytes = 16 * 64;
-// Steps of weights that all blocks of a run meet while they lie in the first-level cache: 16 KB of two operands.
+// Steps of int4 weights that all blocks of a run meet while their digits lie in the first-level cache: 16 KB.
 constexpr int64_t kStretchSteps = 8;
+static_assert(kSectionGroups % (2 * kStretchSteps) == 0, "a section is whole stretches, of two groups a step");
 // So few rows are done sooner by AVX-512: of int8 one, of int4 those for which making the digits does not pay.
 constexpr int64_t kMostNarrowInt8Rows = 1, kMostNarrowInt4Rows = 12;
 static_assert(kMostNarrowInt4Rows <= kNarrowBlockRows, "whoever is left to AVX-512 is one block");
