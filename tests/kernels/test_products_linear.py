@@ -55,6 +55,17 @@ def reference(x: torch.Tensor, weight: PackedMatrix) -> tuple[torch.Tensor, torc
     return product, (num_groups + 3) * ROUNDING * terms.abs().sum(dim=2) * scales
 
 
+def check_everywhere(x: torch.Tensor, weight: PackedMatrix) -> None:
+    """Within the bound, with the same bits on every instruction set."""
+    expected, bound = reference(x, weight)
+    results = []
+    for isa in isas():
+        with limited_to(isa):
+            results.append(linear(x, weight))
+    assert bool(((results[0].double() - expected).abs() <= bound).all())
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -77,13 +88,7 @@ def test_product_is_within_its_bound_of_float64_and_the_same_on_every_instructio
     kind: Kind, num_rows: int, num_cols: int, rows: int, seed: int
 ) -> None:
     weight, x = quantize(randn(num_rows, num_cols, seed=seed), kind), randn(rows, num_cols, seed=seed + 1)
-    expected, bound = reference(x, weight)
-    results = []
-    for isa in isas():
-        with limited_to(isa):
-            results.append(linear(x, weight))
-    assert bool(((results[0].double() - expected).abs() <= bound).all())
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    check_everywhere(x, weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,13 +106,7 @@ def test_wide_rows_of_several_sections_are_within_the_same_bound_on_every_instru
     for column in range(outliers):  # multipliers from 1 to 127, of both signs
         dense[:, column * 1301] *= 10.0 ** (column + 1)
     weight = quantize(dense, kind)
-    expected, bound = reference(x, weight)
-    results = []
-    for isa in isas():
-        with limited_to(isa):
-            results.append(linear(x, weight))
-    assert bool(((results[0].double() - expected).abs() <= bound).all())
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    check_everywhere(x, weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,10 +121,7 @@ def test_bytes_that_no_quantiser_writes_are_multiplied_like_any_others(kind: Kin
     if kind == "int4":
         for section in weight.sections():
             section.multipliers.random_(-128, 128, generator=generator)
-    expected, bound = reference(x, weight)
-    for isa in isas():
-        with limited_to(isa):
-            assert bool(((linear(x, weight).double() - expected).abs() <= bound).all())
+    check_everywhere(x, weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,22 +17,10 @@
 #include "products.h"
 
 #if defined(__x86_64__)
-#if !defined(__clang__)
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prfchw")
-#else
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prfchw"))), apply_to = function)
-#endif
-#if !defined(__clang__)
-// GCC's own header reads what it calls undefined, and warns about it wherever it is inlined.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
+#include "avx512_target.h"
 
 #include "amx_tiles.h"
 #include "rows_avx512.h"
-
-#define MIXTRAL_UNROLL _Pragma("GCC unroll 16")
 
 namespace mixtral {
 namespace {
