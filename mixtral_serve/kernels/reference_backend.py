@@ -22,16 +22,25 @@ from mixtral_serve.kernels.formats import TILE_ROWS, Kind, PackedMatrix, integer
 from mixtral_serve.kernels.names import BackendName
 from mixtral_serve.kernels.routing import Routing
 
+EIGHT_BITS: Final = 127
 _TILES_AT_ONCE: Final = 32
 
 
 class ReferenceBackend:
-    """Implements ``Backend`` for both kinds, everywhere."""
+    """Implements ``Backend`` for both kinds, everywhere.
+
+    Args:
+        activation_levels: what the largest magnitude of a row of activations becomes: 127 with 8 bits. With another
+            number it is the oracle of a backend that keeps fewer.
+    """
 
     name: BackendName = "reference"
     label = "reference"
     is_row_invariant = False
     """fp64 products may be summed in any order; what is left of that after rounding to fp32 is rare, but there."""
+
+    def __init__(self, activation_levels: int = EIGHT_BITS) -> None:
+        self._levels = activation_levels
 
     def missing(self, kind: Kind) -> str | None:  # noqa: ARG002 - it computes with every kind
         """Nothing is."""
@@ -39,7 +48,7 @@ class ReferenceBackend:
 
     def linear(self, weight: PackedMatrix) -> LinearOp:
         """See the protocol."""
-        return lambda x: reference_linear(x, weight)
+        return lambda x: _multiply(x, weight, self._levels)
 
     def experts(self, w1: PackedMatrix, w2: PackedMatrix, w3: PackedMatrix) -> ExpertsOp:
         """See the protocol."""
@@ -50,17 +59,17 @@ class ReferenceBackend:
             out = torch.empty_like(rows)
             for expert, first, end in routing.spans:
                 mine = rows[first:end]
-                gate, up = reference_linear(mine, w1[expert]).double(), reference_linear(mine, w3[expert]).double()
+                gate, up = (_multiply(mine, matrix[expert], self._levels).double() for matrix in (w1, w3))
                 inner = (gate * gate.sigmoid() * up).float()
-                out[first:end] = reference_linear(inner, w2[expert])
+                out[first:end] = _multiply(inner, w2[expert], self._levels)
             return routing.combine(out.double()).float()
 
         return run
 
 
-def reference_linear(x: torch.Tensor, weight: PackedMatrix) -> torch.Tensor:
+def _multiply(x: torch.Tensor, weight: PackedMatrix, levels: int) -> torch.Tensor:
     """``x`` [rows, num_cols] fp32 times one packed matrix: [rows, num_rows] fp32."""
-    values, scales = quantize_rows(x)
+    values, scales = quantize_rows(x, levels)
     padded = torch.nn.functional.pad(values.double(), (0, -x.shape[1] % 32))
     out = torch.empty(x.shape[0], weight.quants.shape[0] * TILE_ROWS, dtype=torch.float64)
     for first in range(0, weight.quants.shape[0], _TILES_AT_ONCE):
@@ -73,15 +82,17 @@ def reference_linear(x: torch.Tensor, weight: PackedMatrix) -> torch.Tensor:
     return (out[:, : weight.num_rows] * scales.double()).float()
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor, levels: int = EIGHT_BITS) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [rows, cols] fp32 -> int8 values [rows, cols] and fp32 scales [rows, 1].
 
-    The largest magnitude of a row becomes 127; ties round to even. A row of zeros, or of values so small that their
-    inverse overflows, has scale 0. A row that is not finite has scale NaN.
+    The largest magnitude of a row becomes ``levels``; ties round to even. A row of zeros, or of values so small that
+    their inverse overflows, has scale 0. A row that is not finite has scale NaN.
     """
     largest = x.abs().amax(dim=1, keepdim=True)
-    factors = torch.full_like(largest, 127) / largest  # `127 / largest` would round twice: it takes the inverse first
+    factors = (
+        torch.full_like(largest, levels) / largest
+    )  # `levels / largest` would round twice: it takes the inverse first
     is_zero = factors.isinf()
     values = (x * factors.where(~is_zero, 0)).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
-    scales = (largest / 127).where(~is_zero, 0)
+    scales = (largest / levels).where(~is_zero, 0)
     return values, scales.where(largest.isfinite(), torch.nan)

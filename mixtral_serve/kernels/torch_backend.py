@@ -27,8 +27,10 @@ from torch.nn import functional
 from mixtral_serve.kernels.backend import ExpertsOp, LinearOp
 from mixtral_serve.kernels.formats import Kind, PackedMatrix, integers, row_scales
 from mixtral_serve.kernels.names import BackendName
+from mixtral_serve.kernels.reference_backend import EIGHT_BITS
 from mixtral_serve.kernels.routing import Routing
 
+_SEVEN_BITS: Final = 63
 _ENGINES: Final = ("x86", "fbgemm")
 """Names of FBGEMM among PyTorch's engines, best first; the first adds packing for newer CPUs."""
 
@@ -37,8 +39,17 @@ class TorchBackend:
     """Implements ``Backend`` for int8."""
 
     name: BackendName = "torch"
-    label = "torch"
     is_row_invariant = False
+
+    @property
+    def label(self) -> str:
+        """See the protocol."""
+        return "torch" if self.activation_levels == EIGHT_BITS else "torch, activations of 7 bits"
+
+    @property
+    def activation_levels(self) -> int:
+        """What the largest magnitude of a row of activations becomes on this CPU."""
+        return _activation_levels()
 
     def missing(self, kind: Kind) -> str | None:
         """See the protocol."""
@@ -84,23 +95,25 @@ def _multiply(packed: Any, x: torch.Tensor) -> torch.Tensor:
     largest = x.abs().amax(dim=1, keepdim=True)
     # Divided, not multiplied by the inverse: that of a very small row would overflow.
     unit = x / largest.where(largest > 0, 1)
-    product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(unit, *_steps(), packed)
-    return product.mul_(largest)
+    return _multiply_units(unit, packed, _activation_levels()).mul_(largest)
+
+
+def _multiply_units(unit: torch.Tensor, packed: Any, levels: int) -> torch.Tensor:
+    """Activations between -1 and 1, in steps of 1 / ``levels``; FBGEMM wants them without a sign."""
+    product: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        unit, 1 / levels, levels + 1, packed
+    )
+    return product
 
 
 @functools.cache
-def _steps() -> tuple[float, int]:
-    """Scale and zero point of activations between -1 and 1."""
-    return (1 / 127, 128) if _keeps_eight_bits() else (1 / 63, 64)
-
-
-def _keeps_eight_bits() -> bool:
-    """Whether the largest activations times the largest weights add up to what they should."""
+def _activation_levels() -> int:
+    """Eight bits, if the largest activations times the largest weights add up to what they should; else seven."""
     num_cols, largest = 64, 127
     packed = _prepack(torch.full((16, num_cols), largest, dtype=torch.int8), torch.ones(16))
-    ones = torch.ones(1, num_cols)
-    found = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(ones, 1 / largest, 128, packed)
-    return bool(torch.allclose(found, torch.tensor(float(num_cols * largest))))
+    found = _multiply_units(torch.ones(1, num_cols), packed, EIGHT_BITS)
+    is_exact = torch.allclose(found, torch.tensor(float(num_cols * largest)))
+    return EIGHT_BITS if is_exact else _SEVEN_BITS
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mixtral_serve.kernels.backend import Backend
 from mixtral_serve.kernels.formats import Kind, PackedMatrix, dequantize
 from mixtral_serve.kernels.quantizer import quantize_into, quantize_matrix
-from mixtral_serve.kernels.reference_backend import ReferenceBackend, quantize_rows
+from mixtral_serve.kernels.reference_backend import EIGHT_BITS, ReferenceBackend, quantize_rows
 from mixtral_serve.kernels.registry import BACKENDS
 from mixtral_serve.kernels.torch_backend import TorchBackend
 
@@ -40,6 +40,11 @@ def noise(*dims: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(dims, generator=torch.Generator().manual_seed(seed))
 
 
+def levels_of(backend: Backend) -> int:
+    """What the largest activation of a row becomes: FBGEMM has 8 bits for it on some CPUs and 7 on others."""
+    return backend.activation_levels if isinstance(backend, TorchBackend) else EIGHT_BITS
+
+
 def stacked(kind: Kind, num_experts: int, num_rows: int, num_cols: int, seed: int) -> PackedMatrix:
     packed = PackedMatrix.empty(kind, num_rows, num_cols, num_matrices=num_experts)
     for expert in range(num_experts):
@@ -59,11 +64,11 @@ def stacked(kind: Kind, num_experts: int, num_rows: int, num_cols: int, seed: in
 def test_products_are_the_references_up_to_rounding(
     backend: Backend, kind: Kind, rows: int, num_rows: int, num_cols: int, values: str, seed: int
 ) -> None:
-    weight = quantize_matrix(noise(num_rows, num_cols, seed=seed), kind)
+    weight, levels = quantize_matrix(noise(num_rows, num_cols, seed=seed), kind), levels_of(backend)
     x = ROWS[values](noise(rows, num_cols, seed=seed + 1))
     # One activation that lies between two steps may go either way in a backend that divides in another order.
-    step = x.abs().amax(dim=1, keepdim=True) / 127 * dequantize(weight).abs().amax(dim=1)
-    expected = ReferenceBackend().linear(weight)(x)
+    step = x.abs().amax(dim=1, keepdim=True) / levels * dequantize(weight).abs().amax(dim=1)
+    expected = ReferenceBackend(levels).linear(weight)(x)
     found = backend.linear(weight)(x)
     slack = step if backend.name == "torch" else 0.0
     magnitudes = x.abs() @ dequantize(weight).abs().t()
@@ -72,12 +77,12 @@ def test_products_are_the_references_up_to_rounding(
 
 
 @everywhere
-def test_products_are_those_of_floating_point_up_to_the_activations_8_bits(backend: Backend, kind: Kind) -> None:
+def test_products_are_those_of_floating_point_up_to_the_activations_bits(backend: Backend, kind: Kind) -> None:
     weight = quantize_matrix(noise(300, 512), kind)
     x = noise(33, 512, seed=1)
     exact = x @ dequantize(weight).t()
     found = backend.linear(weight)(x)
-    assert float((found - exact).norm() / exact.norm()) < 0.01
+    assert float((found - exact).norm() / exact.norm()) < 0.01 * EIGHT_BITS / levels_of(backend)
 
 
 @everywhere
@@ -110,13 +115,14 @@ def test_experts_are_the_references_up_to_one_step_of_the_inner_activations(
     k = min(2, num_experts)
     weights, ids = noise(rows, num_experts, seed=seed + 1).softmax(dim=-1).topk(k, dim=-1)
     x = noise(rows, hidden, seed=seed + 2)
-    expected = ReferenceBackend().experts(w1, w2, w3)(x, ids, weights)
+    levels = levels_of(backend)
+    expected = ReferenceBackend(levels).experts(w1, w2, w3)(x, ids, weights)
     found = backend.experts(w1, w2, w3)(x, ids, weights)
     assert found.shape == (rows, hidden)
-    # Rounding may move an inner activation to the next of its 127 steps; a few of them may.
+    # Rounding may move an inner activation to the next of its steps; a few of them may.
     scale = expected.abs().amax(dim=1, keepdim=True).clamp_min(0.05)
-    assert ((found - expected).abs() <= 0.05 * scale).all()
-    assert float((found - expected).norm()) <= 0.01 * float(expected.norm()) + 1e-6
+    assert ((found - expected).abs() <= 0.05 * EIGHT_BITS / levels * scale).all()
+    assert float((found - expected).norm()) <= 0.01 * EIGHT_BITS / levels * float(expected.norm()) + 1e-6
 
 
 @everywhere
@@ -158,6 +164,12 @@ def test_quantised_tensor_types_leave_no_warning_and_no_engine_behind() -> None:
         TorchBackend().linear(quantize_matrix(noise(20, 40), "int8"))(noise(2, 40))
     assert not caught
     assert torch.backends.quantized.engine == before
+
+
+@pytest.mark.skipif(TorchBackend().missing("int8") is not None, reason="this PyTorch has no FBGEMM")
+def test_the_torch_backend_tells_the_operator_when_activations_have_fewer_bits() -> None:
+    backend = TorchBackend()
+    assert backend.label == {127: "torch", 63: "torch, activations of 7 bits"}[backend.activation_levels]
 
 
 def test_activations_are_quantised_row_by_row_and_half_to_even() -> None:
