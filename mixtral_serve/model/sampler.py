@@ -60,24 +60,32 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         logits: [rows, vocab], raw, fp32. Not changed.
         rows: what each row is for, aligned.
     """
-    asks = [row.mask is not None or wishes(row) for row in rows]
-    plain, adjusted = ([i for i, asked in enumerate(asks) if asked is wanted] for wanted in (False, True))
-    outcomes: dict[int, int | str] = {}
-    for i, token in zip(plain, choose(_take(logits, plain), _asked(rows, plain), is_raw=True), strict=True):
-        outcomes[i] = NON_FINITE if token is None else token
-    if adjusted:
-        outcomes.update(zip(adjusted, _choose_adjusted(logits[adjusted], [rows[i] for i in adjusted]), strict=True))
-    tokens = {i: outcome for i, outcome in sorted(outcomes.items()) if isinstance(outcome, int)}
-    logprobs = _logprobs(logits, rows, tokens)
-    errors = {i: Sampled(error=outcome) for i, outcome in outcomes.items() if isinstance(outcome, str)}
-    return [errors.get(i) or Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))]
+    adjusted = [i for i, row in enumerate(rows) if row.mask is not None or wishes(row)]
+    if not adjusted:
+        outcomes = _choose_plain(logits, rows)
+    else:
+        outcomes = [0] * len(rows)
+        plain = sorted(set(range(len(rows))).difference(adjusted))
+        for chosen, choose_some in ((plain, _choose_plain), (adjusted, _choose_adjusted)):
+            some = choose_some(logits[chosen], [rows[i] for i in chosen])
+            for i, outcome in zip(chosen, some, strict=True):
+                outcomes[i] = outcome
+    logprobs = _logprobs(logits, rows, outcomes)
+    return [
+        Sampled(error=outcome) if isinstance(outcome, str) else Sampled(outcome, logprobs.get(i))
+        for i, outcome in enumerate(outcomes)
+    ]
 
 
-def _asked(rows: Sequence[SampleRow], chosen: Sequence[int]) -> list[Asked]:
-    """What the ``chosen`` rows ask for, and the random number of each that draws."""
+def _choose_plain(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | str]:
+    """A token per row of raw ``logits``, or why there is none."""
+    return [NON_FINITE if token is None else token for token in choose(logits, _asked(rows), is_raw=True)]
+
+
+def _asked(rows: Sequence[SampleRow]) -> list[Asked]:
+    """What rows ask for, and the random number of each that draws."""
     asked = []
-    for i in chosen:
-        row = rows[i]
+    for row in rows:
         params = row.params
         draw = uniform(params.seed, params.choice, row.position) if params.temperature else 0.0
         asked.append(Asked(params.temperature, params.top_k, params.top_p, params.min_p, draw))
@@ -90,7 +98,8 @@ def _choose_adjusted(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[in
     faults = zip(not_finite, apply_masks(logits, [row.mask for row in rows]), adjust(logits, rows), strict=True)
     outcomes: list[int | str] = [first or second or third or 0 for first, second, third in faults]
     able = [i for i, outcome in enumerate(outcomes) if outcome == 0]
-    for i, token in zip(able, choose(_take(logits, able), _asked(rows, able), is_raw=False), strict=True):
+    asked = _asked([rows[i] for i in able])
+    for i, token in zip(able, choose(_take(logits, able), asked, is_raw=False), strict=True):
         assert token is not None, "only raw rows are asked whether they are finite"
         outcomes[i] = token
     return outcomes
@@ -101,10 +110,17 @@ def _take(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return logits if len(rows) == logits.shape[0] else logits[list(rows)]
 
 
-def _logprobs(logits: torch.Tensor, rows: Sequence[SampleRow], tokens: dict[int, int]) -> dict[int, TokenLogprob]:
-    """Row -> log-probability of its token, for rows that asked."""
-    wanted = {i: k for i in tokens if (k := rows[i].params.logprobs) is not None}
+def _logprobs(
+    logits: torch.Tensor, rows: Sequence[SampleRow], outcomes: Sequence[int | str]
+) -> dict[int, TokenLogprob]:
+    """Row -> log-probability of its token, for rows that asked and have one."""
+    wanted = {
+        i: (token, k)
+        for i, token in enumerate(outcomes)
+        if (k := rows[i].params.logprobs) is not None and not isinstance(token, str)
+    }
     if not wanted:
         return {}
-    entries = token_logprobs(_take(logits, list(wanted)), [tokens[i] for i in wanted], list(wanted.values()))
+    tokens, nums = zip(*wanted.values(), strict=True)
+    entries = token_logprobs(_take(logits, list(wanted)), list(tokens), list(nums))
     return dict(zip(wanted, entries, strict=True))
