@@ -15,6 +15,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 
 import torch
 
@@ -75,6 +77,11 @@ class _Cut:
     def __init__(self, cache: NativeKVCache, window: int | None) -> None:
         self._cache = cache
         self._window = window
+        self._per_kv_head = per_kv_head = cache.num_query_heads_per_kv_head
+        self._decode_rows = [
+            (first, min(MAX_PIECE_ROWS, per_kv_head - first)) for first in range(0, per_kv_head, MAX_PIECE_ROWS)
+        ]
+        """Query rows of one token and one key head, cut: where a piece begins, and how many it has."""
         self._tables = array("q")
         self._pieces: list[tuple[int, tuple[int, ...]]] = []
         """What a piece costs (keys times rows), and its fields."""
@@ -82,27 +89,28 @@ class _Cut:
         self._num_partials = 0
 
     def add(self, first_row: int, part: ScheduledSlice) -> None:
-        size = self._cache.block_size
-        first_block = self._first_key(part.start) // size
-        end_block = -(-(part.start + part.num_tokens) // size)
+        start, num_tokens = part.start, part.num_tokens
+        first_key = self._first_key(start)
+        first_block = first_key // self._cache.block_size
         table = len(self._tables) - first_block
-        self._tables.extend(part.block_table[first_block:end_block])
-        if part.num_tokens > 1 or not self._add_splits(first_row, part.start, table):
-            self._add_whole(first_row, part, table)
+        self._tables.extend(part.block_table[first_block : -(-(start + num_tokens) // self._cache.block_size)])
+        if num_tokens > 1:
+            self._add_rows(first_row, part, table)
+        elif not self._add_splits(first_row, start, table, first_key):
+            self._add_decode(first_row, start, table, first_key)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tables, pieces (the longest first: the short ones fill the gaps at the end), merges."""
-        self._pieces.sort(key=lambda piece: -piece[0])
-        pieces = array("q")
-        for _, fields in self._pieces:
-            pieces.extend(fields)
+        self._pieces.sort(key=itemgetter(0), reverse=True)
+        pieces = array("q", chain.from_iterable(map(itemgetter(1), self._pieces)))
         return _tensor(self._tables), _tensor(pieces, PIECE_FIELDS), _tensor(self._merges, MERGE_FIELDS)
 
     def _first_key(self, position: int) -> int:
         return 0 if self._window is None else max(0, position - self._window + 1)
 
-    def _add_whole(self, first_row: int, part: ScheduledSlice, table: int) -> None:
-        per_kv_head = self._cache.num_query_heads_per_kv_head
+    def _add_rows(self, first_row: int, part: ScheduledSlice, table: int) -> None:
+        """Cut a prefill into pieces."""
+        per_kv_head = self._per_kv_head
         end = part.num_tokens * per_kv_head
         for first in range(0, end, MAX_PIECE_ROWS):
             num = min(MAX_PIECE_ROWS, end - first)
@@ -110,18 +118,22 @@ class _Cut:
             cost = num * (ends + 1 - self._first_key(begins))
             self._pieces.append((cost, (first_row, part.start, table, first, num, -1, -1)))
 
-    def _add_splits(self, row: int, position: int, table: int) -> bool:
+    def _add_decode(self, row: int, position: int, table: int, first_key: int) -> None:
+        """A decode in one piece, or few where very many query heads share a key head."""
+        for first, num in self._decode_rows:
+            self._pieces.append((num * (position + 1 - first_key), (row, position, table, first, num, -1, -1)))
+
+    def _add_splits(self, row: int, position: int, table: int, first_key: int) -> bool:
         """Cut a decode at the splits, if it has several and their results find room."""
-        splits = range(self._first_key(position) // SPLIT_KEYS, position // SPLIT_KEYS + 1)
-        if len(splits) == 1 or self._num_partials + len(splits) > self._cache.max_partials:
+        first_split, end_split = first_key // SPLIT_KEYS, position // SPLIT_KEYS + 1
+        num_splits = end_split - first_split
+        if num_splits == 1 or self._num_partials + num_splits > self._cache.max_partials:
             return False
-        per_kv_head = self._cache.num_query_heads_per_kv_head
-        for partial, split in enumerate(splits, self._num_partials):
-            for first in range(0, per_kv_head, MAX_PIECE_ROWS):
-                num = min(MAX_PIECE_ROWS, per_kv_head - first)
+        for partial, split in enumerate(range(first_split, end_split), self._num_partials):
+            for first, num in self._decode_rows:
                 self._pieces.append((num * SPLIT_KEYS, (row, position, table, first, num, split, partial)))
-        self._merges.extend((row, self._num_partials, len(splits)))
-        self._num_partials += len(splits)
+        self._merges.extend((row, self._num_partials, num_splits))
+        self._num_partials += num_splits
         return True
 
 

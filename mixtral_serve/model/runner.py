@@ -30,7 +30,7 @@ from mixtral_serve.model.loader import load_model
 from mixtral_serve.model.logit_processors import SampleRow
 from mixtral_serve.model.logprobs import token_logprobs
 from mixtral_serve.model.pooling import pool
-from mixtral_serve.model.sampler import NON_FINITE, Sampled, sample
+from mixtral_serve.model.sampler import NON_FINITE, Sampled, prepare, sample
 from mixtral_serve.model.shape import KVDtype, ModelShape, Weights, kv_dtype_for
 from mixtral_serve.model.threads import apply_threads, plan_threads
 from mixtral_serve.model.wide_rows import finite_rows
@@ -123,13 +123,14 @@ class MixtralRunner:
         chosen = [i for i, part in enumerate(slices) if part.samples]
         if not chosen:
             return {}
+        masks = batch.masks or (None,) * len(slices)
+        rows = [SampleRow(batch.sampling[i], slices[i].num_output_tokens, masks[i], slices[i].tokens) for i in chosen]
+        prepared = prepare(rows)
         last = torch.tensor([inputs.first_rows[i] + slices[i].num_tokens - 1 for i in chosen])
         logits = self._logits(hidden.index_select(0, last))
         if self._logits_listener is not None:
             self._logits_listener([slices[i] for i in chosen], logits)
-        masks = batch.masks or (None,) * len(slices)
-        rows = [SampleRow(batch.sampling[i], slices[i].num_output_tokens, masks[i], slices[i].tokens) for i in chosen]
-        return dict(zip(chosen, sample(logits, rows), strict=True))
+        return dict(zip(chosen, sample(logits, prepared), strict=True))
 
     def _score(
         self, part: ScheduledSlice, params: SamplingParams, hidden: torch.Tensor

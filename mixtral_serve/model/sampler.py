@@ -1,9 +1,9 @@
 """The next token of each row: greedy, or drawn after temperature, top-k, top-p and min-p.
 
-Owns: ``sample``, and the random numbers of the draws, which ``choice`` carries out. The order: raw logits, from which
-the log-probabilities are; the check that they are finite; masks; ``logit_processors`` (what parameters forbid, bias and
-penalise); temperature and filters. The number for the token at position ``i`` of a choice is a hash of (seed, choice,
-i): no state, so batch-mates, chunking, preemption and resumption cannot shift it.
+Owns: ``prepare`` and ``sample``, and the random numbers of the draws, which ``choice`` carries out. The order: raw
+logits, from which the log-probabilities are; the check that they are finite; masks; ``logit_processors`` (what
+parameters forbid, bias and penalise); temperature and filters. The number for the token at position ``i`` of a choice
+is a hash of (seed, choice, i): no state, so batch-mates, chunking, preemption and resumption cannot shift it.
 
 What the filters mean, in this order: the logits are divided by the temperature; ``top_k`` keeps the k most
 likely tokens; ``top_p`` the smallest set of most likely ones whose share of what is left reaches p; ``min_p``
@@ -53,23 +53,37 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(blake2b(words, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+class Prepared(NamedTuple):
+    """What can be said of rows before their logits are there."""
+
+    rows: Sequence[SampleRow]
+    asked: Sequence[Asked]
+    adjusted: Sequence[int]
+    """Rows that a mask or a parameter changes the logits of."""
+
+
+def prepare(rows: Sequence[SampleRow]) -> Prepared:
+    """To be done before the logits are computed: the threads that compute those are awake right after, not for long."""
+    return Prepared(rows, _asked(rows), [i for i, row in enumerate(rows) if row.mask is not None or wishes(row)])
+
+
+def sample(logits: torch.Tensor, prepared: Prepared) -> list[Sampled]:
     """Choose one token per row.
 
     Args:
         logits: [rows, vocab], raw, fp32. Not changed.
-        rows: what each row is for, aligned.
+        prepared: what each row is for, aligned.
     """
-    adjusted = [i for i, row in enumerate(rows) if row.mask is not None or wishes(row)]
+    rows, asked, adjusted = prepared
     if not adjusted:
-        outcomes = _choose_plain(logits, rows)
+        outcomes = _choose_plain(logits, asked)
     else:
-        outcomes = [0] * len(rows)
+        outcomes = [NON_FINITE] * len(rows)
         plain = sorted(set(range(len(rows))).difference(adjusted))
-        for chosen, choose_some in ((plain, _choose_plain), (adjusted, _choose_adjusted)):
-            some = choose_some(logits[chosen], [rows[i] for i in chosen])
-            for i, outcome in zip(chosen, some, strict=True):
-                outcomes[i] = outcome
+        for i, outcome in zip(plain, _choose_plain(logits[plain], [asked[i] for i in plain]), strict=True):
+            outcomes[i] = outcome
+        for i, outcome in zip(adjusted, _choose_adjusted(logits[adjusted], prepared), strict=True):
+            outcomes[i] = outcome
     logprobs = _logprobs(logits, rows, outcomes)
     return [
         Sampled(error=outcome) if isinstance(outcome, str) else Sampled(outcome, logprobs.get(i))
@@ -77,9 +91,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     ]
 
 
-def _choose_plain(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | str]:
+def _choose_plain(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int | str]:
     """A token per row of raw ``logits``, or why there is none."""
-    return [NON_FINITE if token is None else token for token in choose(logits, _asked(rows), is_raw=True)]
+    return [NON_FINITE if token is None else token for token in choose(logits, asked, is_raw=True)]
 
 
 def _asked(rows: Sequence[SampleRow]) -> list[Asked]:
@@ -92,13 +106,14 @@ def _asked(rows: Sequence[SampleRow]) -> list[Asked]:
     return asked
 
 
-def _choose_adjusted(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int | str]:
-    """Apply masks and parameters to raw ``logits``, in place; a token per row, or why there is none."""
+def _choose_adjusted(logits: torch.Tensor, prepared: Prepared) -> list[int | str]:
+    """Apply masks and parameters to the adjusted rows' raw ``logits``, in place; a token each, or why there is none."""
+    rows = [prepared.rows[i] for i in prepared.adjusted]
     not_finite = [None if ok else NON_FINITE for ok in finite_rows(logits)]
     faults = zip(not_finite, apply_masks(logits, [row.mask for row in rows]), adjust(logits, rows), strict=True)
     outcomes: list[int | str] = [first or second or third or 0 for first, second, third in faults]
     able = [i for i, outcome in enumerate(outcomes) if outcome == 0]
-    asked = _asked([rows[i] for i in able])
+    asked = [prepared.asked[prepared.adjusted[i]] for i in able]
     for i, token in zip(able, choose(_take(logits, able), asked, is_raw=False), strict=True):
         assert token is not None, "only raw rows are asked whether they are finite"
         outcomes[i] = token

@@ -14,11 +14,10 @@ average, however the text and the stops were chosen. Rejected: searching the who
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class StopOutcome:
+class StopOutcome(NamedTuple):
     """What came of one piece of text."""
 
     text: str
@@ -56,7 +55,7 @@ class _Automaton:
 class StopMatcher:
     """Watches one request's text for its stop strings."""
 
-    __slots__ = ("_automata", "_done", "_held", "_include")
+    __slots__ = ("_automata", "_beginnings", "_done", "_held", "_include")
 
     def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         """With ``include`` the stop string itself is part of the text.
@@ -68,6 +67,7 @@ class StopMatcher:
             raise ValueError("a stop string is not empty")
         # Longest first: of two that complete at the same character the longer one began earlier.
         self._automata = tuple(_Automaton(stop) for stop in sorted(set(stops), key=lambda s: (-len(s), s)))
+        self._beginnings = frozenset(stop[0] for stop in stops)
         self._include = include
         self._held = ""
         self._done = False
@@ -75,8 +75,8 @@ class StopMatcher:
     def push(self, text: str) -> StopOutcome:
         """Take the next piece of text. After a match nothing may follow."""
         assert not self._done, "the text has ended with a stop string"
-        if not self._automata:
-            return StopOutcome(text, None)
+        if not self._held and self._beginnings.isdisjoint(text):
+            return StopOutcome(text, None)  # as nearly every piece: no stop string has begun, and none begins
         buffer = self._held + text
         for index, character in enumerate(text, start=len(self._held)):
             for automaton in self._automata:

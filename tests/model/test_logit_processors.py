@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mixtral_serve.contract import SamplingParams
 from mixtral_serve.model.logit_processors import ALL_FORBIDDEN, NOT_FINITE_ANY_MORE, SampleRow, adjust, wishes
-from mixtral_serve.model.sampler import sample
+from mixtral_serve.model.sampler import prepare, sample
 
 VOCAB = 12
 GREEDY = SamplingParams(temperature=0.0)
@@ -85,8 +85,8 @@ def test_logits_become_what_the_definitions_say(logits: list[float], row: Sample
 def test_a_rows_outcome_does_not_depend_on_its_batch_mates(batch: list[tuple[list[float], SampleRow]]) -> None:
     logits, rows = torch.tensor([logits for logits, _ in batch]), [row for _, row in batch]
     raw = logits.clone()
-    together = sample(logits, rows)
-    assert together == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    together = sample(logits, prepare(rows))
+    assert together == [sample(logits[i : i + 1], prepare([row]))[0] for i, row in enumerate(rows)]
     assert torch.equal(logits, raw), "the raw logits are not changed"
 
 
@@ -122,7 +122,7 @@ def test_rows_that_wish_for_nothing_are_left_out() -> None:
 def test_stop_tokens_are_sampled_only_once_min_tokens_others_were() -> None:
     params = replace(GREEDY, min_tokens=2, suppressed_token_ids=(1,))
     logits = torch.tensor([[0.0, 9.0, 1.0]])
-    chosen = [sample(logits, [SampleRow(params, n, tokens=[0] * (1 + n))])[0].token_id for n in range(4)]
+    chosen = [sample(logits, prepare([SampleRow(params, n, tokens=[0] * (1 + n))]))[0].token_id for n in range(4)]
     assert chosen == [2, 2, 1, 1]
 
 
@@ -131,7 +131,7 @@ def test_a_bad_word_is_never_completed_but_its_beginning_and_its_tail_are_free()
     logits = torch.tensor([[0.0, 0.0, 0.0, 1.0, 9.0]])
 
     def next_after(prompt: list[int], output: list[int]) -> int | None:
-        return sample(logits, [SampleRow(params, len(output), tokens=prompt + output)])[0].token_id
+        return sample(logits, prepare([SampleRow(params, len(output), tokens=prompt + output)]))[0].token_id
 
     assert next_after([1], []) == 4
     assert next_after([1], [3]) == 3
@@ -143,7 +143,7 @@ def test_a_bad_word_is_never_completed_but_its_beginning_and_its_tail_are_free()
 def test_each_row_gets_its_own_log_probabilities_whoever_was_adjusted() -> None:
     plain, biased = replace(GREEDY, logprobs=1), replace(GREEDY, logprobs=1, logit_bias=((0, 1.0),))
     logits = torch.tensor([[5.0, 0.0], [0.0, 1.5], [3.0, 3.5]])
-    results = sample(logits, [SampleRow(params, 0) for params in (biased, plain, biased)])
+    results = sample(logits, prepare([SampleRow(params, 0) for params in (biased, plain, biased)]))
     expected = torch.log_softmax(logits, dim=-1)
     assert [r.token_id for r in results] == [0, 1, 0]
     assert [r.logprob.logprob for r in results] == [float(expected[i, r.token_id]) for i, r in enumerate(results)]
@@ -152,7 +152,7 @@ def test_each_row_gets_its_own_log_probabilities_whoever_was_adjusted() -> None:
 def test_log_probabilities_are_of_the_raw_logits() -> None:
     params = replace(GREEDY, logprobs=2, logit_bias=((0, 100.0),), repetition_penalty=2.0, bad_words=((2,),))
     logits = torch.tensor([[0.0, 1.0, 3.0]])
-    (chosen,) = sample(logits, [SampleRow(params, 1, tokens=[1, 2])])
+    (chosen,) = sample(logits, prepare([SampleRow(params, 1, tokens=[1, 2])]))
     expected = torch.log_softmax(logits[0], dim=-1)
     assert (chosen.token_id, chosen.logprob.token_id) == (0, 0)
     assert chosen.logprob.logprob == pytest.approx(float(expected[0]))
@@ -173,7 +173,7 @@ def test_parameters_that_leave_no_token_end_their_own_row_only(changes: dict[str
     tokens = [1, 2, 2]
     bad = SampleRow(replace(GREEDY, **changes), 1, tokens=tokens)  # type: ignore[arg-type]
     good = SampleRow(replace(GREEDY, presence_penalty=5.0), 1, tokens=tokens)
-    results = sample(logits, [good, bad, SampleRow(GREEDY, 1, tokens=tokens)])
+    results = sample(logits, prepare([good, bad, SampleRow(GREEDY, 1, tokens=tokens)]))
     assert [(r.token_id, r.error) for r in results] == [(1, None), (None, fault), (2, None)]
 
 
@@ -189,7 +189,10 @@ def test_a_mask_and_parameters_forbid_together() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 2)
     params = replace(GREEDY, bad_words=((2,),), logit_bias=((3, 50.0),))
     within, nothing = SampleRow(params, 0, Allow([1, 2])), SampleRow(params, 0, Allow([2]))
-    assert [(r.token_id, r.error) for r in sample(logits, [within, nothing])] == [(1, None), (None, ALL_FORBIDDEN)]
+    assert [(r.token_id, r.error) for r in sample(logits, prepare([within, nothing]))] == [
+        (1, None),
+        (None, ALL_FORBIDDEN),
+    ]
 
 
 def test_penalties_of_64_long_contexts_take_milliseconds() -> None:

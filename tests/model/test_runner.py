@@ -16,7 +16,7 @@ from transformers import MixtralForCausalLM
 from mixtral_serve.contract import RunBatch, Runner, SamplingParams
 from mixtral_serve.model.logit_processors import SampleRow
 from mixtral_serve.model.runner import MixtralRunner
-from mixtral_serve.model.sampler import NON_FINITE, sample
+from mixtral_serve.model.sampler import NON_FINITE, prepare, sample
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
 from scheduler.lifecycle import FinishReason
 from scheduler.plan import ScheduledSlice, SliceResult, StepPlan, StepResult
@@ -276,7 +276,7 @@ def test_each_output_position_has_a_random_number_of_its_own(make_runner) -> Non
     for position in range(20):
         part = make_slice("r", prompt, (0, 5), [1, 2], num_output_tokens=position)
         drawn.append(run(runner, part, params=params)[0].token_id)
-    assert drawn == [sample(logits[0], [SampleRow(params, position)])[0].token_id for position in range(20)]
+    assert drawn == [sample(logits[0], prepare([SampleRow(params, position)]))[0].token_id for position in range(20)]
     assert len(set(drawn)) > 3
 
 

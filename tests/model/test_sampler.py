@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mixtral_serve.contract import SamplingParams
 from mixtral_serve.model.logit_processors import SampleRow
-from mixtral_serve.model.sampler import NON_FINITE, sample, uniform
+from mixtral_serve.model.sampler import NON_FINITE, prepare, sample, uniform
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0)
 def draw_many(logits: Sequence[float], params: SamplingParams, num: int) -> Counter[int]:
     """Tokens of ``num`` positions of one random stream, over the same logits."""
     rows = [SampleRow(params, position) for position in range(num)]
-    results = sample(torch.tensor([logits]).expand(num, -1), rows)
+    results = sample(torch.tensor([logits]).expand(num, -1), prepare(rows))
     return Counter(result.token_id for result in results)
 
 
@@ -72,7 +72,7 @@ sampling_params = st.builds(
 
 @given(logits_rows, sampling_params, st.integers(0, 1000))
 def test_a_draw_is_the_one_that_the_definitions_give(logits, params, position) -> None:
-    result = sample(torch.tensor([logits]), [SampleRow(params, position)])[0]
+    result = sample(torch.tensor([logits]), prepare([SampleRow(params, position)]))[0]
     assert result.token_id == naive_sample(logits, params, position)
 
 
@@ -82,8 +82,8 @@ def test_rows_of_one_batch_do_not_touch_each_other(rows, data) -> None:
     one_row = st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=width, max_size=width)
     logits = torch.tensor([data.draw(one_row) for _ in rows])
     asked = [SampleRow(replace(params, logprobs=2), position) for params, position in rows]
-    together = sample(logits, asked)
-    alone = [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(asked)]
+    together = sample(logits, prepare(asked))
+    alone = [sample(logits[i : i + 1], prepare([row]))[0] for i, row in enumerate(asked)]
     assert together == alone
 
 
@@ -107,7 +107,7 @@ def test_a_nucleus_wider_than_the_first_look_is_still_exact(params, vocab, tied)
     if tied:
         logits = (logits * 4).round() / 4
     rows = [SampleRow(params, position) for position in range(20)]
-    found = [result.token_id for result in sample(logits.expand(20, -1), rows)]
+    found = [result.token_id for result in sample(logits.expand(20, -1), prepare(rows))]
     assert found == [naive_sample(logits[0].tolist(), params, position) for position in range(20)]
 
 
@@ -127,7 +127,7 @@ def test_a_near_total_never_moves_the_cut_of_a_nucleus(temperature) -> None:
             counts = draw_many(logits[0].tolist(), params, 40)
             assert set(counts) <= set(ranked.indices[:num_kept].tolist())
             rows = [SampleRow(params, position) for position in range(3)]
-            found = [result.token_id for result in sample(logits.expand(3, -1), rows)]
+            found = [result.token_id for result in sample(logits.expand(3, -1), prepare(rows))]
             assert found == [naive_sample(logits[0].tolist(), params, position) for position in range(3)]
 
 
@@ -175,23 +175,23 @@ def test_the_stream_is_the_same_in_every_version() -> None:
 def test_a_token_is_a_function_of_seed_choice_and_position_alone() -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(seed=11, choice=1)
-    wanted = [sample(logits, [SampleRow(params, position)])[0].token_id for position in range(30)]
+    wanted = [sample(logits, prepare([SampleRow(params, position)]))[0].token_id for position in range(30)]
     # Backwards, and between rows of other requests: nothing carries over from call to call.
     for position in reversed(range(30)):
         other = SampleRow(SamplingParams(seed=position), 3)
-        result = sample(logits.expand(3, -1), [other, SampleRow(params, position), other])[1]
+        result = sample(logits.expand(3, -1), prepare([other, SampleRow(params, position), other]))[1]
         assert result.token_id == wanted[position]
 
 
 def test_greedy_takes_the_lowest_id_among_the_largest() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0], [7.0, 7.0, 7.0, 7.0], [-1.0, -2.0, -3.0, -0.5]])
-    assert [r.token_id for r in sample(logits, [SampleRow(GREEDY, 0)] * 3)] == [1, 0, 3]
+    assert [r.token_id for r in sample(logits, prepare([SampleRow(GREEDY, 0)] * 3))] == [1, 0, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 5e-324])
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature) -> None:
     logits = torch.tensor([[0.0, 1e30, 3.0]])
-    assert sample(logits, [SampleRow(SamplingParams(temperature=temperature), 0)])[0].token_id == 1
+    assert sample(logits, prepare([SampleRow(SamplingParams(temperature=temperature), 0)]))[0].token_id == 1
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
@@ -199,10 +199,10 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature) -> None
 def test_row40_a_row_that_is_not_finite_fails_alone(poison, params) -> None:
     logits = torch.randn(5, 33, generator=torch.Generator().manual_seed(1))
     rows = [SampleRow(params, position) for position in range(5)]
-    healthy = sample(logits, rows)
+    healthy = sample(logits, prepare(rows))
     bad = logits.clone()
     bad[2, 7] = poison
-    results = sample(bad, rows)
+    results = sample(bad, prepare(rows))
     assert results[2].error == NON_FINITE
     assert results[2].token_id is None
     assert [r for i, r in enumerate(results) if i != 2] == [r for i, r in enumerate(healthy) if i != 2]
@@ -210,11 +210,11 @@ def test_row40_a_row_that_is_not_finite_fails_alone(poison, params) -> None:
 
 def test_huge_finite_logits_are_not_taken_for_infinite() -> None:
     logits = torch.full((1, 8), 1e38)
-    assert sample(logits, [SampleRow(GREEDY, 0)])[0].token_id == 0
+    assert sample(logits, prepare([SampleRow(GREEDY, 0)]))[0].token_id == 0
 
 
 def test_row40_all_rows_may_fail() -> None:
-    results = sample(torch.full((2, 4), math.nan), [SampleRow(GREEDY, 0), SampleRow(SamplingParams(), 0)])
+    results = sample(torch.full((2, 4), math.nan), prepare([SampleRow(GREEDY, 0), SampleRow(SamplingParams(), 0)]))
     assert [r.error for r in results] == [NON_FINITE] * 2
 
 
@@ -251,18 +251,18 @@ class Broken:
 def test_a_masked_row_yields_an_allowed_token(ids, params) -> None:
     logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))
     rows = [SampleRow(params, 0, Allow(sorted(ids))), SampleRow(params, 0)]
-    masked, free = sample(logits, rows)
+    masked, free = sample(logits, prepare(rows))
     assert masked.token_id in ids
     if params.top_k == 1:
         assert masked.token_id == max(ids, key=lambda i: float(logits[0, i]))
-    assert free == sample(logits, [rows[1]] * 2)[1]
+    assert free == sample(logits, prepare([rows[1]] * 2))[1]
 
 
 def test_masks_do_not_change_log_probabilities_or_the_logits() -> None:
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(2))
     before = logits.clone()
     params = SamplingParams(temperature=0, logprobs=1)
-    result = sample(logits, [SampleRow(params, 0, Allow([4, 9]))])[0]
+    result = sample(logits, prepare([SampleRow(params, 0, Allow([4, 9]))]))[0]
     assert torch.equal(logits, before)
     assert result.token_id in (4, 9)
     expected = torch.log_softmax(before[0], dim=-1)
@@ -281,7 +281,7 @@ def test_masks_do_not_change_log_probabilities_or_the_logits() -> None:
 )
 def test_a_mask_that_fails_ends_its_own_row_only(mask, error) -> None:
     logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(2))
-    failed, healthy = sample(logits, [SampleRow(GREEDY, 0, mask), SampleRow(GREEDY, 0)])
+    failed, healthy = sample(logits, prepare([SampleRow(GREEDY, 0, mask), SampleRow(GREEDY, 0)]))
     assert error in failed.error
     assert healthy.token_id == int(logits[1].argmax())
 
@@ -291,7 +291,7 @@ def test_masks_over_many_rows_and_words_keep_exactly_what_they_allow() -> None:
     logits = torch.randn(40, 1000, generator=generator)
     allowed = [sorted({int(i) for i in torch.randint(1000, (7,), generator=generator)}) for _ in range(40)]
     masks = [Allow(ids, num_bytes=128) if row % 3 else None for row, ids in enumerate(allowed)]
-    results = sample(logits, [SampleRow(GREEDY, 0, mask) for mask in masks])
+    results = sample(logits, prepare([SampleRow(GREEDY, 0, mask) for mask in masks]))
     for row, (result, mask) in enumerate(zip(results, masks, strict=True)):
         among = range(1000) if mask is None else mask.ids
         assert result.token_id == max(among, key=lambda i: float(logits[row, i]))
@@ -299,7 +299,7 @@ def test_masks_over_many_rows_and_words_keep_exactly_what_they_allow() -> None:
 
 @given(logits_rows, st.integers(0, 5), sampling_params)
 def test_log_probabilities_are_of_the_raw_logits_whatever_the_filters(logits, k, params) -> None:
-    result = sample(torch.tensor([logits]), [SampleRow(replace(params, logprobs=k), 0)])[0]
+    result = sample(torch.tensor([logits]), prepare([SampleRow(replace(params, logprobs=k), 0)]))[0]
     total = math.log(math.fsum(math.exp(logit) for logit in logits))
     assert result.logprob.token_id == result.token_id
     assert result.logprob.logprob == pytest.approx(logits[result.token_id] - total, abs=1e-5)
@@ -314,7 +314,7 @@ def test_log_probabilities_are_of_the_raw_logits_whatever_the_filters(logits, k,
 def test_log_probabilities_come_only_where_asked() -> None:
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
     asked = [SamplingParams(temperature=0, logprobs=k) for k in (None, 0, 4)]
-    results = sample(logits, [SampleRow(params, 0) for params in asked])
+    results = sample(logits, prepare([SampleRow(params, 0) for params in asked]))
     assert results[0].logprob is None
     assert results[1].logprob.top == ()
     assert len(results[2].logprob.top) == 4

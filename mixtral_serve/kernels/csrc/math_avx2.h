@@ -5,24 +5,42 @@
 
 namespace mixtral {
 
-static inline __m256 exp_f32x8(__m256 x) {
+// In place. One exponential is a chain of dependent instructions, and the processor does not look far enough ahead to
+// find the next one: several are written side by side, step by step.
+template <int kCount>
+static inline void exp_f32x8(__m256 (&x)[kCount]) {
+  const auto each = [](const auto& step) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) step(i);
+  };
   const __m256 round = _mm256_set1_ps(kExpRound);
-  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(kExpLog2e), round);
-  const __m256 n = _mm256_sub_ps(shifted, round);
-  __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kExpLn2High), x);
-  r = _mm256_fmadd_ps(n, _mm256_set1_ps(-kExpLn2Low), r);
-  __m256 q = _mm256_fmadd_ps(_mm256_set1_ps(kExpC6), r, _mm256_set1_ps(kExpC5));
-  q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(kExpC4));
-  q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(kExpC3));
-  q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(kExpC2));
-  const __m256 fraction = _mm256_add_ps(_mm256_fmadd_ps(q, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
-  const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(shifted),
-                                        _mm256_set1_epi32(static_cast<int>(127u - kExpRoundBits)));
-  __m256 value = _mm256_mul_ps(fraction, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23)));
-  const __m256 low = _mm256_cmp_ps(x, _mm256_set1_ps(kExpLow), _CMP_LT_OQ);
-  const __m256 high = _mm256_cmp_ps(x, _mm256_set1_ps(kExpHigh), _CMP_GT_OQ);
-  value = _mm256_andnot_ps(low, value);
-  return _mm256_blendv_ps(value, _mm256_set1_ps(std::numeric_limits<float>::infinity()), high);
+  __m256 shifted[kCount], r[kCount], q[kCount];
+  each([&](int i) { shifted[i] = _mm256_fmadd_ps(x[i], _mm256_set1_ps(kExpLog2e), round); });
+  each([&](int i) { r[i] = _mm256_fmadd_ps(_mm256_sub_ps(shifted[i], round), _mm256_set1_ps(-kExpLn2High), x[i]); });
+  each([&](int i) {
+    r[i] = _mm256_fmadd_ps(_mm256_sub_ps(shifted[i], round), _mm256_set1_ps(-kExpLn2Low), r[i]);
+  });
+  each([&](int i) { q[i] = _mm256_fmadd_ps(_mm256_set1_ps(kExpC6), r[i], _mm256_set1_ps(kExpC5)); });
+  each([&](int i) { q[i] = _mm256_fmadd_ps(q[i], r[i], _mm256_set1_ps(kExpC4)); });
+  each([&](int i) { q[i] = _mm256_fmadd_ps(q[i], r[i], _mm256_set1_ps(kExpC3)); });
+  each([&](int i) { q[i] = _mm256_fmadd_ps(q[i], r[i], _mm256_set1_ps(kExpC2)); });
+  each([&](int i) {
+    const __m256 fraction = _mm256_fmadd_ps(q[i], _mm256_mul_ps(r[i], r[i]), r[i]);
+    const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(shifted[i]),
+                                          _mm256_set1_epi32(static_cast<int>(127u - kExpRoundBits)));
+    const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+    const __m256 low = _mm256_cmp_ps(x[i], _mm256_set1_ps(kExpLow), _CMP_LT_OQ);
+    const __m256 high = _mm256_cmp_ps(x[i], _mm256_set1_ps(kExpHigh), _CMP_GT_OQ);
+    const __m256 value = _mm256_mul_ps(_mm256_add_ps(fraction, _mm256_set1_ps(1.0f)), power);
+    const __m256 infinite = _mm256_set1_ps(std::numeric_limits<float>::infinity());
+    x[i] = _mm256_blendv_ps(_mm256_andnot_ps(low, value), infinite, high);
+  });
+}
+
+static inline __m256 exp_f32x8(__m256 x) {
+  __m256 one[] = {x};
+  exp_f32x8(one);
+  return one[0];
 }
 
 static inline __m256 silu_f32x8(__m256 x) {

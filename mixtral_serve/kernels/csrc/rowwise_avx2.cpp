@@ -36,7 +36,17 @@ inline Lanes larger(Lanes a, Lanes b) { return {_mm256_max_ps(a.low, b.low), _mm
 inline Lanes fused(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-inline Lanes exponential(Lanes x) { return {exp_f32x8(x.low), exp_f32x8(x.high)}; }
+inline Lanes exponential(Lanes x) {
+  __m256 both[] = {x.low, x.high};
+  exp_f32x8(both);
+  return {both[0], both[1]};
+}
+inline void exponential(Lanes (&x)[2]) {
+  __m256 all[] = {x[0].low, x[0].high, x[1].low, x[1].high};
+  exp_f32x8(all);
+  x[0] = {all[0], all[1]};
+  x[1] = {all[2], all[3]};
+}
 
 inline __m256 within8(__m256 x, __m256 other, int64_t from, int64_t to) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

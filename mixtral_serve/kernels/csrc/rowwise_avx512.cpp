@@ -35,6 +35,9 @@ inline Lanes over(Lanes a, Lanes b) { return {_mm512_div_ps(a.all, b.all)}; }
 inline Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.all, b.all)}; }
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.all, b.all, c.all)}; }
 inline Lanes exponential(Lanes x) { return {exp_f32x16(x.all)}; }
+inline void exponential(Lanes (&x)[2]) {
+  for (Lanes& lanes : x) lanes = exponential(lanes);
+}
 
 // Bits 0..count-1, for any count.
 inline uint32_t first_bits(int64_t count) { return count <= 0 ? 0u : count >= 16 ? 0xffffu : (1u << count) - 1u; }

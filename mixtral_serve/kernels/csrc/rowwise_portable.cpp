@@ -42,6 +42,9 @@ inline Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
   return each([&](int i) { return std::fma(a.at[i], b.at[i], c.at[i]); });
 }
 inline Lanes exponential(const Lanes& x) { return each([&](int i) { return exp_f32(x.at[i]); }); }
+inline void exponential(Lanes (&x)[2]) {
+  for (Lanes& lanes : x) lanes = exponential(lanes);
+}
 
 // Lanes from <= i < to of x, the others of `other`.
 inline Lanes within(const Lanes& x, const Lanes& other, int64_t from, int64_t to) {

@@ -42,6 +42,11 @@ void chunk_shares(const ChunkCall& call, int64_t first, int64_t end) {
       const float* x = call.rows + row * call.width + from;
       Lanes sums = broadcast(0.0f);
       int64_t i = 0;
+      for (; i + 32 <= count; i += 32) {
+        Lanes shares[] = {times(minus(load(x + i), peaks), scales), times(minus(load(x + i + 16), peaks), scales)};
+        exponential(shares);
+        sums = plus(plus(sums, shares[0]), shares[1]);
+      }
       for (; i + 16 <= count; i += 16) sums = plus(sums, exponential(times(minus(load(x + i), peaks), scales)));
       alignas(64) float lanes[16];
       store(lanes, sums);
