@@ -38,7 +38,7 @@ namespace {
 // time, and asking costs more than it gives.
 constexpr int kMostAskingBlocks = 4;
 
-// Groups of columns, none beyond a section of int4.
+// Groups of columns that all passes of a block meet before the next; in int4, of one section.
 struct Stretch {
   int64_t first_group, num_groups;
 };
@@ -321,9 +321,8 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = {
-      kInt8ColumnBytes,         {kAllNarrow, kAllNarrow}, quantize_row, multiply<Int8>,
-      multiply<Int4>, gate,                     combine};
+  static constexpr Kernels kernels = {kInt8ColumnBytes, {kAllNarrow, kAllNarrow}, quantize_row, multiply<Int8>,
+                                      multiply<Int4>,   gate,                     combine};
   return kernels;
 }
 
