@@ -126,11 +126,12 @@ class Row {
   }
 
   int64_t choose() {
-    uint8_t is_finite = 1;
-    if (is_raw_) kernel_.finite(x_, width_, &is_finite, 0, 1);
-    if (!is_finite) return kNotFinite;
     const int64_t num_chunks = chunks_of(width_, kRankChunk);
-    kernel_.maxima({x_, maxima_, 1, width_, kRankChunk, nullptr, nullptr}, 0, 1);
+    if (!is_raw_) {
+      kernel_.maxima({x_, maxima_, 1, width_, kRankChunk, nullptr, nullptr}, 0, 1);
+    } else if (!kernel_.finite_maxima(x_, width_, kRankChunk, maxima_)) {
+      return kNotFinite;
+    }
     peak_ = *std::max_element(maxima_, maxima_ + num_chunks);
     if (!std::isfinite(peak_)) return kNotFinite;
     if (asked_.temperature == 0.0) return most_likely();

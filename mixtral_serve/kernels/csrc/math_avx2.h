@@ -6,19 +6,22 @@
 namespace mixtral {
 
 // In place. One exponential is a chain of dependent instructions, and the processor does not look far enough ahead to
-// find the next one: several are written side by side, step by step.
-template <int kCount>
+// find the next one: several are written side by side, step by step. Where none is positive, none is too high.
+template <int kCount, bool kHasPositive = true>
 static inline void exp_f32x8(__m256 (&x)[kCount]) {
   const auto each = [](const auto& step) {
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) step(i);
   };
   const __m256 round = _mm256_set1_ps(kExpRound);
-  __m256 shifted[kCount], r[kCount], q[kCount];
+  __m256 shifted[kCount], r[kCount], q[kCount], high[kCount];
   each([&](int i) { shifted[i] = _mm256_fmadd_ps(x[i], _mm256_set1_ps(kExpLog2e), round); });
-  each([&](int i) { r[i] = _mm256_fmadd_ps(_mm256_sub_ps(shifted[i], round), _mm256_set1_ps(-kExpLn2High), x[i]); });
   each([&](int i) {
-    r[i] = _mm256_fmadd_ps(_mm256_sub_ps(shifted[i], round), _mm256_set1_ps(-kExpLn2Low), r[i]);
+    const __m256 n = _mm256_sub_ps(shifted[i], round);
+    r[i] = _mm256_fmadd_ps(n, _mm256_set1_ps(-kExpLn2High), x[i]);
+    r[i] = _mm256_fmadd_ps(n, _mm256_set1_ps(-kExpLn2Low), r[i]);
+    high[i] = kHasPositive ? _mm256_cmp_ps(x[i], _mm256_set1_ps(kExpHigh), _CMP_GT_OQ) : _mm256_setzero_ps();
+    x[i] = _mm256_cmp_ps(x[i], _mm256_set1_ps(kExpLow), _CMP_LT_OQ);  // from here on: which are too low
   });
   each([&](int i) { q[i] = _mm256_fmadd_ps(_mm256_set1_ps(kExpC6), r[i], _mm256_set1_ps(kExpC5)); });
   each([&](int i) { q[i] = _mm256_fmadd_ps(q[i], r[i], _mm256_set1_ps(kExpC4)); });
@@ -29,11 +32,10 @@ static inline void exp_f32x8(__m256 (&x)[kCount]) {
     const __m256i bits = _mm256_add_epi32(_mm256_castps_si256(shifted[i]),
                                           _mm256_set1_epi32(static_cast<int>(127u - kExpRoundBits)));
     const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
-    const __m256 low = _mm256_cmp_ps(x[i], _mm256_set1_ps(kExpLow), _CMP_LT_OQ);
-    const __m256 high = _mm256_cmp_ps(x[i], _mm256_set1_ps(kExpHigh), _CMP_GT_OQ);
     const __m256 value = _mm256_mul_ps(_mm256_add_ps(fraction, _mm256_set1_ps(1.0f)), power);
+    x[i] = _mm256_andnot_ps(x[i], value);
     const __m256 infinite = _mm256_set1_ps(std::numeric_limits<float>::infinity());
-    x[i] = _mm256_blendv_ps(_mm256_andnot_ps(low, value), infinite, high);
+    if (kHasPositive) x[i] = _mm256_blendv_ps(x[i], infinite, high[i]);
   });
 }
 

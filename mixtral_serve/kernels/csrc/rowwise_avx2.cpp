@@ -41,9 +41,9 @@ inline Lanes exponential(Lanes x) {
   exp_f32x8(both);
   return {both[0], both[1]};
 }
-inline void exponential(Lanes (&x)[2]) {
+inline void exponential_of_negative(Lanes (&x)[2]) {
   __m256 all[] = {x[0].low, x[0].high, x[1].low, x[1].high};
-  exp_f32x8(all);
+  exp_f32x8<4, false>(all);
   x[0] = {all[0], all[1]};
   x[1] = {all[2], all[3]};
 }
@@ -100,7 +100,7 @@ namespace mixtral {
 
 const AttentionKernel kAttentionAvx2 = {attend, merge};
 const RowwiseKernel kRowwiseAvx2 = {rms_norm, route};
-const VocabularyKernel kVocabularyAvx2 = {chunk_maxima, chunk_shares, finite_rows, exponentials};
+const VocabularyKernel kVocabularyAvx2 = {chunk_maxima, finite_maxima, chunk_shares, finite_rows, exponentials};
 
 }  // namespace mixtral
 

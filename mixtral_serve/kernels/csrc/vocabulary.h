@@ -18,9 +18,11 @@ struct ChunkCall {
   const float* scales;  // [num_rows]
 };
 
-// Each on rows [first, end).
+// On rows [first, end), or on one.
 struct VocabularyKernel {
   void (*maxima)(const ChunkCall& call, int64_t first, int64_t end);
+  // Maxima of a row's chunks, which mean nothing unless it returns that all its numbers are finite.
+  bool (*finite_maxima)(const float* row, int64_t width, int64_t length, float* out);
   void (*shares)(const ChunkCall& call, int64_t first, int64_t end);
   void (*finite)(const float* rows, int64_t width, uint8_t* out, int64_t first, int64_t end);
   // out[i] = exp((x[i] - peak) * scale)

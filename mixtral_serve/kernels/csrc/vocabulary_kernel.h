@@ -44,7 +44,7 @@ void chunk_shares(const ChunkCall& call, int64_t first, int64_t end) {
       int64_t i = 0;
       for (; i + 32 <= count; i += 32) {
         Lanes shares[] = {times(minus(load(x + i), peaks), scales), times(minus(load(x + i + 16), peaks), scales)};
-        exponential(shares);
+        exponential_of_negative(shares);
         sums = plus(plus(sums, shares[0]), shares[1]);
       }
       for (; i + 16 <= count; i += 16) sums = plus(sums, exponential(times(minus(load(x + i), peaks), scales)));
@@ -79,6 +79,33 @@ void finite_rows(const float* rows, int64_t width, uint8_t* out, int64_t first, 
     for (; i < width; ++i) sum += x[i] * 0.0f;
     out[row] = sum == 0.0f;
   }
+}
+
+// As chunk_maxima and finite_rows, on one way through memory.
+bool finite_maxima(const float* x, int64_t width, int64_t length, float* out) {
+  const Lanes zeros = broadcast(0.0f);
+  Lanes sums[4] = {zeros, zeros, zeros, zeros};
+  float rest = 0.0f;
+  for (int64_t first = 0; first < width; first += length) {
+    const int64_t end = width - first < length ? width : first + length;
+    Lanes largest = broadcast(x[first]);
+    int64_t i = first;
+    for (; i + 64 <= end; i += 64) {
+      Lanes numbers[4];
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) numbers[s] = load(x + i + 16 * s);
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) sums[s] = fused(numbers[s], zeros, sums[s]);
+      largest = larger(largest, larger(larger(numbers[0], numbers[1]), larger(numbers[2], numbers[3])));
+    }
+    float most = largest_of(largest);
+    for (; i < end; ++i) {
+      rest += x[i] * 0.0f;
+      most = x[i] > most ? x[i] : most;
+    }
+    *out++ = most;
+  }
+  return rest + sum_of(plus(plus(sums[0], sums[1]), plus(sums[2], sums[3]))) == 0.0f;
 }
 
 }  // namespace
