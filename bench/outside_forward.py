@@ -87,8 +87,8 @@ class _Samples:
 class _NoForward:
     """Stands where the model stands: hidden states and logits are there at once.
 
-    Like a model's head, it leaves logits that all threads have just had to do with. What that takes is a forward's time
-    and not counted.
+    Like a model's head, it leaves logits that all threads have just touched. What that takes is the forward's time, and
+    not counted.
     """
 
     def __init__(self, num_rows: int) -> None:

@@ -89,9 +89,8 @@ def quantize_rows(x: torch.Tensor, levels: int = EIGHT_BITS) -> tuple[torch.Tens
     their inverse overflows, has scale 0. A row that is not finite has scale NaN.
     """
     largest = x.abs().amax(dim=1, keepdim=True)
-    factors = (
-        torch.full_like(largest, levels) / largest
-    )  # `levels / largest` would round twice: it takes the inverse first
+    # `levels / largest` would round twice: it takes the inverse first.
+    factors = torch.full_like(largest, levels) / largest
     is_zero = factors.isinf()
     values = (x * factors.where(~is_zero, 0)).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
     scales = (largest / levels).where(~is_zero, 0)

@@ -63,7 +63,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(rows: Sequence[SampleRow]) -> Prepared:
-    """To be done before the logits are computed: the threads that compute those are awake right after, not for long."""
+    """Call it before the logits are computed: the threads that compute them stay awake for a short while only."""
     return Prepared(rows, _asked(rows), [i for i, row in enumerate(rows) if row.mask is not None or wishes(row)])
 
 

@@ -112,6 +112,19 @@ def test_the_kernel_hands_back_what_it_cannot_settle_and_what_is_not_finite() ->
     assert tokens[2] == 2700
 
 
+@has_native
+@pytest.mark.parametrize("width", [1, 37, 64, 130])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_kernel_finds_a_number_that_is_not_finite_wherever_it_is(width: int, bad: float) -> None:
+    logits = torch.full((width + 1, width), 3e38)
+    logits[torch.arange(width), torch.arange(width)] = bad
+    table = torch.tensor([[0.0, 0, 1, 0, 0]] * (width + 1), dtype=torch.float64)
+    for isa in [isa for isa in Isa if isa <= best_isa()]:
+        with limited_to(isa):
+            tokens = torch.ops.mixtral_serve.choose_tokens(logits, table, True).tolist()
+        assert tokens == [NOT_FINITE] * width + [0]
+
+
 @pytest.mark.parametrize("choose", WAYS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_raw_row_that_is_not_finite_has_no_token_and_disturbs_none(choose: Choose, bad: float) -> None:

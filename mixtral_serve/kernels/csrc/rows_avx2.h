@@ -3,12 +3,10 @@
 // Included inside a translation unit's own target pragma, hence everything in an anonymous namespace.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 
 #include "products.h"
-
-// For loops over sums, which stay in registers so.
-#define MIXTRAL_UNROLL _Pragma("GCC unroll 8")
 
 namespace mixtral {
 namespace {

@@ -6,8 +6,7 @@
 
 #if defined(__x86_64__)
 
-#pragma GCC target("avx2,fma,f16c")
-#include <immintrin.h>
+#include "avx2_target.h"
 
 #include "math_avx2.h"
 
@@ -41,7 +40,7 @@ inline Lanes exponential(Lanes x) {
   exp_f32x8(both);
   return {both[0], both[1]};
 }
-inline void exponential_of_negative(Lanes (&x)[2]) {
+inline void exponential_of_nonpositive(Lanes (&x)[2]) {
   __m256 all[] = {x[0].low, x[0].high, x[1].low, x[1].high};
   exp_f32x8<4, false>(all);
   x[0] = {all[0], all[1]};
@@ -104,4 +103,7 @@ const VocabularyKernel kVocabularyAvx2 = {chunk_maxima, finite_maxima, chunk_sha
 
 }  // namespace mixtral
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -35,7 +35,7 @@ inline Lanes over(Lanes a, Lanes b) { return {_mm512_div_ps(a.all, b.all)}; }
 inline Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.all, b.all)}; }
 inline Lanes fused(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.all, b.all, c.all)}; }
 inline Lanes exponential(Lanes x) { return {exp_f32x16(x.all)}; }
-inline void exponential_of_negative(Lanes (&x)[2]) {
+inline void exponential_of_nonpositive(Lanes (&x)[2]) {
   for (Lanes& lanes : x) lanes = exponential(lanes);
 }
 

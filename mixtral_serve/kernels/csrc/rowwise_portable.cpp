@@ -42,7 +42,7 @@ inline Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
   return each([&](int i) { return std::fma(a.at[i], b.at[i], c.at[i]); });
 }
 inline Lanes exponential(const Lanes& x) { return each([&](int i) { return exp_f32(x.at[i]); }); }
-inline void exponential_of_negative(Lanes (&x)[2]) {
+inline void exponential_of_nonpositive(Lanes (&x)[2]) {
   for (Lanes& lanes : x) lanes = exponential(lanes);
 }
 

@@ -14,7 +14,7 @@ struct ChunkCall {
   float* out;         // [num_rows, chunks]
   int64_t num_rows, width, length;
   // Of shares only: out = sum of exp((x - peak) * scale) over the chunk.
-  const float* peaks;   // [num_rows], at least the row's largest
+  const float* peaks;   // [num_rows], at least the row's largest: exponentials of more than zero may differ
   const float* scales;  // [num_rows]
 };
 

@@ -44,7 +44,7 @@ void chunk_shares(const ChunkCall& call, int64_t first, int64_t end) {
       int64_t i = 0;
       for (; i + 32 <= count; i += 32) {
         Lanes shares[] = {times(minus(load(x + i), peaks), scales), times(minus(load(x + i + 16), peaks), scales)};
-        exponential_of_negative(shares);
+        exponential_of_nonpositive(shares);
         sums = plus(plus(sums, shares[0]), shares[1]);
       }
       for (; i + 16 <= count; i += 16) sums = plus(sums, exponential(times(minus(load(x + i), peaks), scales)));
