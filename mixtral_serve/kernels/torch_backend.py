@@ -44,7 +44,7 @@ class TorchBackend:
     @property
     def label(self) -> str:
         """See the protocol."""
-        return "torch" if self.activation_levels == EIGHT_BITS else "torch, activations of 7 bits"
+        return "torch" if self.activation_levels == EIGHT_BITS else "torch (activations of 7 bits)"
 
     @property
     def activation_levels(self) -> int:

@@ -169,7 +169,7 @@ def test_quantised_tensor_types_leave_no_warning_and_no_engine_behind() -> None:
 @pytest.mark.skipif(TorchBackend().missing("int8") is not None, reason="this PyTorch has no FBGEMM")
 def test_the_torch_backend_tells_the_operator_when_activations_have_fewer_bits() -> None:
     backend = TorchBackend()
-    assert backend.label == {127: "torch", 63: "torch, activations of 7 bits"}[backend.activation_levels]
+    assert backend.label == {127: "torch", 63: "torch (activations of 7 bits)"}[backend.activation_levels]
 
 
 def test_activations_are_quantised_row_by_row_and_half_to_even() -> None:

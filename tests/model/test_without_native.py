@@ -74,7 +74,8 @@ def test_int8_runs_on_torch_and_one_line_says_why(found: dict[str, Any]) -> None
     assert found["fingerprint"].endswith("-batchvariant")
     assert found["num_tokens"] == 5
     line = found["lines"][-1]
-    assert line.startswith("kernels: torch, the only one for int8 weights here; native cannot: the compiled kernels")
+    assert line.startswith(f"kernels: {TorchBackend().label}, the only one for int8 weights here; native cannot: the ")
+    assert "the compiled kernels were not built" in line
     assert "install a C++ compiler" in line
 
 
