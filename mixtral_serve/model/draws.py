@@ -1,11 +1,19 @@
 """Drawing tokens with PyTorch's operators: for machines without compiled kernels, and for what those hand back.
 
 Owns: ``draw``, and ``draw_exactly``, which puts the whole vocabulary in order and so settles every row. What the
-filters mean says ``sampler``.
+filters mean says ``sampler``. How a token is drawn, here and in ``csrc/choice.cpp``:
+
+* From what filters leave: where the row's random number falls in the cumulative distribution over ascending ids.
+* From the whole vocabulary, by rejection: a chunk of 64 tokens is proposed by the weight of its most likely one, then
+  one of its 64 places; the token there is accepted with the share that its weight is of the chunk's largest. So each
+  token is accepted in proportion to its own weight, for one exponential in 64 tokens and one in each trial. A trial
+  takes two words of a sequence that the row's random number begins; at least one in 64 is accepted.
 
 Invariant: a row's token is a function of that row alone.
 
-Rejected: sorting the whole vocabulary for each row (the filters need the order of the likely few only).
+Rejected: sorting the whole vocabulary for each row (the filters need the order of the likely few only); inverting the
+cumulative distribution of the whole vocabulary (an exponential of every logit was a fifth of what a step costs outside
+the forward); as many random numbers as there are trials from ``sampler.uniform`` (nobody knows how many in advance).
 """
 
 from __future__ import annotations
@@ -22,8 +30,12 @@ from mixtral_serve.model.wide_rows import chunk_maxima
 
 _NUM_CANDIDATES: Final = 64
 """Most likely tokens that are looked at first; rows that keep more are sorted in full."""
-_DRAW_CHUNK: Final = 256
-"""Tokens whose shares are added up before it is decided among which of them to draw."""
+_CHUNK: Final = 64
+"""Tokens that are proposed together; the compiled kernels' too, or they would draw others."""
+_TRIALS: Final = 64
+"""That are made at once."""
+_MOST_TRIALS: Final = 8192
+"""After so many without a token, which no row of numbers comes to, it is drawn otherwise."""
 _TOTAL_ERROR: Final = 2e-5
 """Twice what a total in fp32 may be off; a nucleus that this could change is cut by the exact one."""
 _LEAST_TEMPERATURE: Final = 1e-30
@@ -40,11 +52,11 @@ class Asked(NamedTuple):
     top_p: float
     min_p: float
     draw: float
-    """The random number, in [0, 1)."""
+    """The random number, in [0, 1), a multiple of 2^-53."""
 
 
 def draw(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
-    """A token per row, by inverting the cumulative distribution over ascending ids.
+    """A token per row, as the module's header says.
 
     Args:
         logits: fp32 [rows, vocab], minus infinity allowed.
@@ -52,7 +64,7 @@ def draw(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
     """
     tokens = dict.fromkeys(range(len(asked)), 0)
     for draw_all, wanted in ((_draw_plain, False), (_draw_filtered, True)):
-        rows = [i for i, params in enumerate(asked) if _filters(params) is wanted]
+        rows = [i for i, params in enumerate(asked) if _filters(params, logits.shape[1]) is wanted]
         if rows:
             params = [asked[i] for i in rows]
             tokens.update(zip(rows, draw_all(logits[rows], params, _draws(params)).tolist(), strict=True))
@@ -60,7 +72,7 @@ def draw(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
 
 
 def draw_exactly(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
-    """As ``draw``, with the whole vocabulary in order, and equals taken by ascending id."""
+    """As from what filters leave, which may be all, with the whole vocabulary in order."""
     tokens: list[int] = _draw_in_order(logits, asked, _draws(asked)).tolist()
     return tokens
 
@@ -70,54 +82,81 @@ def _draws(asked: Sequence[Asked]) -> torch.Tensor:
     return torch.tensor([params.draw for params in asked], dtype=torch.float64).unsqueeze(1)
 
 
-def _filters(params: Asked) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+def _filters(params: Asked, vocab: int) -> bool:
+    return 0 < params.top_k < vocab or params.top_p < 1 or params.min_p > 0
 
 
 def _weights(logits: torch.Tensor, params: Sequence[Asked]) -> torch.Tensor:
     """Probabilities up to a factor, the largest of each row 1: a tiny temperature cannot overflow."""
+    return _weights_to(logits.amax(dim=-1, keepdim=True), logits, params)
+
+
+def _weights_to(peaks: torch.Tensor, logits: torch.Tensor, params: Sequence[Asked]) -> torch.Tensor:
+    """fp64 [rows, n]: the weight of each of ``logits`` in units of that of its peak."""
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64).unsqueeze(1)
-    exact = logits.double()
-    return (exact - exact.amax(dim=-1, keepdim=True)).div_(temperatures).exp_()
-
-
-def _scales(params: Sequence[Asked]) -> torch.Tensor:
-    """[rows], fp32: what logits are multiplied by."""
-    return torch.tensor([1 / max(p.temperature, _LEAST_TEMPERATURE) for p in params])
+    return (logits.double() - peaks.double()).div_(temperatures).exp_()
 
 
 def _draw_plain(logits: torch.Tensor, params: Sequence[Asked], draws: torch.Tensor) -> torch.Tensor:
-    """[rows]: tokens drawn from the whole vocabulary: first a chunk of it by its share, then a token of the chunk."""
-    padded = chunked(logits, _DRAW_CHUNK)
-    peaks = chunk_maxima(padded, _DRAW_CHUNK).amax(dim=-1)
-    scales = _scales(params)
-    shares = _shares(padded, peaks, scales).view(len(params), -1, _DRAW_CHUNK).sum(dim=-1).double()
-    chunk = _invert(shares, draws)
-    rows = torch.arange(len(params))
-    reached = shares.cumsum(dim=-1)
-    inside = draws.squeeze(1) * reached[:, -1] - (reached[rows, chunk] - shares[rows, chunk])
-    # In units of the chunk's own sum from here on.
-    within = padded.view(len(params), -1, _DRAW_CHUNK)[rows, chunk]
-    weights = _shares(within, peaks, scales).double()
-    share = (inside / shares[rows, chunk]).clamp_(0, 1).unsqueeze(1)
-    return chunk * _DRAW_CHUNK + _invert(weights, share)
+    """[rows]: tokens drawn from the whole vocabulary."""
+    padded = chunked(logits, _CHUNK)
+    maxima = chunk_maxima(padded, _CHUNK)
+    bounds = _weights(maxima, params)
+    tokens = torch.zeros(len(params), 1, dtype=torch.int64)
+    pending = torch.ones(len(params), 1, dtype=torch.bool)
+    for first in range(0, _MOST_TRIALS, _TRIALS):
+        words = _words(draws, 2 * first, 2 * _TRIALS)
+        chunks = _invert(bounds, _fractions(words[:, ::2]))
+        ids = chunks * _CHUNK + _shifted(words[:, 1::2], 58)
+        weights = _weights_to(maxima.gather(1, chunks), padded.gather(1, ids), params)
+        is_accepted = _fractions(words[:, 1::2] << 6) < weights
+        tokens = torch.where(pending, ids.gather(1, is_accepted.int().argmax(dim=-1, keepdim=True)), tokens)
+        pending &= ~is_accepted.any(dim=-1, keepdim=True)
+        if not pending.any():
+            break
+    rest = pending.squeeze(1).nonzero().flatten().tolist()
+    if rest:
+        tokens[rest] = _draw_in_order(logits[rest], [params[i] for i in rest], draws[rest]).unsqueeze(1)
+    return tokens.squeeze(1)
 
 
-def _shares(rows: torch.Tensor, peaks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """fp32 [rows, width]: softmax of (row - peak) * scale, with the row's largest number and its scale.
+def _words(draws: torch.Tensor, first: int, num: int) -> torch.Tensor:
+    """int64 [rows, num]: words of 64 bits, from the ``first`` on, of the sequence that each of ``draws`` begins.
+
+    Source: SplitMix64 of Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014). Integers wrap.
+    """
+    words = (draws * 2.0**53).long() + torch.arange(first + 1, first + num + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    words = (words ^ _shifted(words, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    words = (words ^ _shifted(words, 27)) * (0x94D049BB133111EB - 2**64)
+    return words ^ _shifted(words, 31)
+
+
+def _shifted(words: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """To the right, with zeros on the left."""
+    return (words >> num_bits) & ((1 << (64 - num_bits)) - 1)
+
+
+def _fractions(words: torch.Tensor) -> torch.Tensor:
+    """fp64: the upper 53 bits, in [0, 1)."""
+    return _shifted(words, 11).double() * 2.0**-53
+
+
+def _shares(rows: torch.Tensor, peaks: torch.Tensor, params: Sequence[Asked]) -> torch.Tensor:
+    """fp32 [rows, width]: the distribution of each row, whose largest number is given as [rows, 1].
 
     Of PyTorch's exponentials only that of softmax treats a row alike wherever it stands.
     """
-    return functional.softmax((rows - peaks.unsqueeze(1)).mul_(scales.unsqueeze(1)), dim=-1)
+    scales = torch.tensor([1 / max(p.temperature, _LEAST_TEMPERATURE) for p in params]).unsqueeze(1)
+    return functional.softmax((rows - peaks).mul_(scales), dim=-1)
 
 
 def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """[rows]: the first column whose cumulative weight exceeds that share of the row's total."""
+    """As ``draws`` [rows, n]: the first column whose cumulative weight exceeds that share of the row's total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()
     found = torch.searchsorted(cumulative, draws * total, right=True)
     # Rounding may lift the target to the total; the last column with a weight is meant then.
-    return torch.minimum(found, torch.searchsorted(cumulative, total)).squeeze(1)
+    return torch.minimum(found, torch.searchsorted(cumulative, total))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +204,7 @@ def _draw_filtered(logits: torch.Tensor, params: Sequence[Asked], draws: torch.T
     settled |= (num_kept < width) & (at_cut < before_cut)
     ids, by_id = columns.sort(dim=-1)
     kept = weights.masked_fill_(torch.arange(width) >= num_kept, 0).gather(1, by_id)
-    tokens = ids.gather(1, _invert(kept, draws).unsqueeze(1)).squeeze(1)
+    tokens = ids.gather(1, _invert(kept, draws)).squeeze(1)
     rest = (~settled).squeeze(1).nonzero().flatten().tolist()
     if rest:
         tokens[rest] = _draw_in_order(logits[rest], [params[i] for i in rest], draws[rest])
@@ -178,11 +217,10 @@ def _num_kept(filters: _Filters, logits: torch.Tensor, params: Sequence[Asked], 
     total = ranked.sum(dim=-1, keepdim=True)
     if ranked.shape[1] == vocab or not any(p.top_p < 1 and not p.top_k for p in params):
         return filters.num_kept(ranked, total, vocab)
-    padded = chunked(logits, _DRAW_CHUNK)
-    peaks = chunk_maxima(padded, _DRAW_CHUNK).amax(dim=-1)
-    scales = _scales(params)
+    padded = chunked(logits, _CHUNK)
+    peaks = chunk_maxima(padded, _CHUNK).amax(dim=-1, keepdim=True)
     # The largest weighs 1.
-    total = _shares(padded, peaks, scales).amax(dim=-1, keepdim=True).double().reciprocal_()
+    total = _shares(padded, peaks, params).amax(dim=-1, keepdim=True).double().reciprocal_()
     fewest = filters.num_kept(ranked, total * (1 - _TOTAL_ERROR), vocab)
     most = filters.num_kept(ranked, total * (1 + _TOTAL_ERROR), vocab)
     unsure = (fewest != most).squeeze(1).nonzero().flatten().tolist()
@@ -199,4 +237,4 @@ def _draw_in_order(logits: torch.Tensor, params: Sequence[Asked], draws: torch.T
     ranked, ids = weights.sort(dim=-1, descending=True, stable=True)
     num_kept = _Filters.of(params, vocab).num_kept(ranked, ranked.sum(dim=-1, keepdim=True), vocab)
     kept = torch.zeros_like(weights).scatter_(1, ids, ranked.masked_fill(torch.arange(vocab) >= num_kept, 0))
-    return _invert(kept, draws)
+    return _invert(kept, draws).squeeze(1)

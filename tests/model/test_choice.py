@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import pytest
@@ -15,6 +16,7 @@ from mixtral_serve.kernels.native import Isa, best_isa, limited_to
 from mixtral_serve.kernels.native_choice import NOT_FINITE, UNSETTLED
 from mixtral_serve.model.choice import choose_natively, choose_with_operators
 from mixtral_serve.model.draws import Asked, draw_exactly
+from tests.model.rejection import CHUNK, draw_by_rejection, fraction, split_mix
 
 Choose: TypeAlias = Callable[..., list[int | None]]
 
@@ -40,26 +42,20 @@ def logits_of(num_rows: int, width: int, seed: int, *, scale: float = 3.0, num_f
     return logits
 
 
-def shares_up_to(logits: torch.Tensor, params: Asked, token: int) -> tuple[float, float]:
-    """Of the distribution over all tokens: the share of those before ``token``, and with it."""
-    reached = (logits.double() / params.temperature).softmax(dim=-1).cumsum(dim=-1)
-    return (float(reached[token - 1]) if token else 0.0), float(reached[token])
-
-
 def filters(params: Asked, width: int) -> bool:
     return 0 < params.top_k < width or params.top_p < 1 or params.min_p > 0
 
 
 def check(choose: Choose, logits: torch.Tensor, rows: Sequence[Asked]) -> None:
-    """Every token is the one that the definitions give; without filters, within what fp32 can tell."""
+    """Every token is the one that the definitions give, unless fp32 cannot tell it from another."""
     found, exact = choose(logits, rows, is_raw=False), draw_exactly(logits, rows)
     for row, params, token, wanted in zip(logits, rows, found, exact, strict=True):
         assert token is not None
         if filters(params, len(row)):
             assert token == wanted, params
         else:
-            before, after = shares_up_to(row, params, token)
-            assert before - 1e-5 <= params.draw <= after + 1e-5
+            drawn = draw_by_rejection(row.tolist(), params.temperature, params.draw)
+            assert token == drawn.token or drawn.margin < 1e-5, params
             assert row[token] > -torch.inf
 
 
@@ -109,7 +105,7 @@ def test_the_kernel_hands_back_what_it_cannot_settle_and_what_is_not_finite() ->
     table[2, 2] = 1.0
     tokens = torch.ops.mixtral_serve.choose_tokens(logits, table, True).tolist()
     assert tokens[:2] == [UNSETTLED, NOT_FINITE]
-    assert tokens[2] == 2700
+    assert tokens[2] == draw_by_rejection([0.0] * 9000, 1.0, 0.3).token
 
 
 @has_native
@@ -162,31 +158,42 @@ def test_where_a_mask_leaves_few_tokens_the_kernel_settles_it(num_allowed: int, 
     assert tokens == draw_exactly(logits, FILTERS)
 
 
-def tokens_at(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """What draws from all tokens give, one per row."""
-    table = torch.zeros(len(draws), 5, dtype=torch.float64)
-    table[:, 0], table[:, 2], table[:, 4] = 0.7, 1.0, draws
-    return torch.ops.mixtral_serve.choose_tokens(logits, table, True)
+def test_the_words_of_a_draw_are_those_of_split_mix() -> None:
+    # As published for the state 1234567, at https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64.
+    wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert list(islice(split_mix(1234567), 5)) == wanted
 
 
 @has_native
-def test_the_shares_behind_a_draw_keep_every_bit() -> None:
-    """Between two neighbouring numbers where the token changes, any other bit of any share would show."""
-    logits = logits_of(24, 1001, seed=9, scale=1.0)
-    low, high = torch.full((24,), 0.2, dtype=torch.float64), torch.full((24,), 0.8, dtype=torch.float64)
-    middle = tokens_at(logits, (low + high) / 2)
+def test_the_bounds_behind_a_draw_keep_every_bit() -> None:
+    """Between two neighbouring numbers where another chunk is proposed, any other bit of its bound would show."""
+    num_chunks = 38  # in vectors of 16 and 8, and some over
+    others = torch.arange(1, num_chunks)
+    draw = next(draw for n in range(100) if 0.55 < fraction(next(split_mix(int((draw := n / 100) * 2**53)))) < 0.95)
+
+    def is_proposed(levels: torch.Tensor, rows: slice = slice(None)) -> list[bool]:
+        """Whether each row draws from the one other chunk with a weight, at that level; each proposal is accepted."""
+        logits = torch.full((len(others), num_chunks, CHUNK), -torch.inf)
+        logits[:, 0] = 0.0
+        logits[torch.arange(len(others)), others] = levels.unsqueeze(1)
+        table = torch.tensor([[0.7, 0, 1, 0, draw]] * len(others), dtype=torch.float64)
+        tokens = torch.ops.mixtral_serve.choose_tokens(logits.flatten(1)[rows].contiguous(), table[rows], False)
+        chunks = tokens // CHUNK
+        assert bool(((chunks == 0) | (chunks == others[rows])).all())
+        return (chunks > 0).tolist()
+
+    low, high = torch.full((len(others),), -8.0), torch.zeros(len(others))
     for _ in range(64):
-        draws = (low + high) / 2
-        below = tokens_at(logits, draws) < middle
-        low, high = torch.where(below, draws, low), torch.where(below, high, draws)
-    found = [tokens_at(logits, draws) for draws in (low, high)]
-    assert bool((found[0] < found[1]).all())
-    for isa in Isa:
-        if isa <= best_isa():
-            with limited_to(isa):
-                assert [tokens_at(logits, draws).tolist() for draws in (low, high)] == [part.tolist() for part in found]
-    alone = [[int(tokens_at(logits[i : i + 1], draws[i : i + 1])) for i in range(24)] for draws in (low, high)]
-    assert alone == [part.tolist() for part in found]
+        levels = low + (high - low) / 2
+        found = torch.tensor(is_proposed(levels))
+        low, high = torch.where(found, low, levels), torch.where(found, levels, high)
+    low = torch.nextafter(high, torch.tensor(-torch.inf))
+    for isa in [isa for isa in Isa if isa <= best_isa()]:
+        with limited_to(isa):
+            assert is_proposed(low) == [False] * len(others)
+            assert is_proposed(high) == [True] * len(others)
+    alone = [is_proposed(levels, slice(i, i + 1)) for levels in (low, high) for i in range(len(others))]
+    assert alone == [[False]] * len(others) + [[True]] * len(others)
 
 
 @has_native

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mixtral_serve.contract import SamplingParams
 from mixtral_serve.model.logit_processors import SampleRow
 from mixtral_serve.model.sampler import NON_FINITE, prepare, sample, uniform
+from tests.model.rejection import draw_by_rejection
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -47,8 +48,10 @@ def naive_kept(logits: Sequence[float], params: SamplingParams) -> dict[int, flo
 
 
 def naive_sample(logits: Sequence[float], params: SamplingParams, position: int) -> int:
-    kept = naive_kept(logits, params)
     target = uniform(params.seed, params.choice, position)
+    if not 0 < params.top_k < len(logits) and params.top_p == 1 and not params.min_p:
+        return draw_by_rejection(logits, params.temperature, target).token
+    kept = naive_kept(logits, params)
     reached = 0.0
     for i in sorted(kept):
         reached += kept[i]
@@ -131,6 +134,11 @@ def test_a_near_total_never_moves_the_cut_of_a_nucleus(temperature) -> None:
             assert found == [naive_sample(logits[0].tolist(), params, position) for position in range(3)]
 
 
+SKEWED = [0.0, 1.0, 2.0, -1.0, 0.5, 0.5, 3.0, -3.0, 1.5, 0.25, -0.5, 2.5]
+THREE_CHUNKS = [math.sin(i) + i / 70 for i in range(150)]
+
+
+@pytest.mark.parametrize("logits", [SKEWED, THREE_CHUNKS], ids=["few", "many"])
 @pytest.mark.parametrize(
     "params",
     [
@@ -142,8 +150,7 @@ def test_a_near_total_never_moves_the_cut_of_a_nucleus(temperature) -> None:
         SamplingParams(seed=6, temperature=1.3, top_k=9, top_p=0.9, min_p=0.02, choice=2),
     ],
 )
-def test_frequencies_follow_the_filtered_distribution(params) -> None:
-    logits = [0.0, 1.0, 2.0, -1.0, 0.5, 0.5, 3.0, -3.0, 1.5, 0.25, -0.5, 2.5]
+def test_frequencies_follow_the_filtered_distribution(params, logits) -> None:
     num = 20_000
     counts = draw_many(logits, params, num)
     expected = naive_kept(logits, params)

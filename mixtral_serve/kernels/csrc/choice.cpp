@@ -1,5 +1,9 @@
 // The next token of each row: the most likely one, or one drawn from the whole vocabulary or from what filters leave.
-// model/sampler.py says what the filters mean. A row is worked on while it lies in a cache, by one thread.
+// model/sampler.py says what the filters mean, and model/draws.py how a token is drawn. A row is worked on while it lies
+// in a cache, by one thread.
+//
+// The whole vocabulary is drawn from without its exponentials: of each chunk only that of the largest number is
+// computed, which bounds the others.
 //
 // Of a filtered row only the most likely few are ranked: all numbers that reach a threshold, which the maxima of short
 // chunks give. Where that does not settle it (a nucleus wider than some thousand tokens, a cut that hangs on rounding,
@@ -9,24 +13,28 @@
 //
 // The law: a token depends on nothing but its row. Weights of ranked tokens are std::exp's in fp64, the one number here
 // that the machine's C library has a say in; all else has the same bits on every instruction set.
+//
+// Rejected: inverting the cumulative distribution of the whole vocabulary (thirty times as many exponentials).
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "math.h"
 #include "parallel.h"
 #include "vocabulary.h"
 
 namespace mixtral {
 namespace {
 
-// Limits here and in model/draws.py mean the same and need not be equal.
+// Limits here and in model/draws.py mean the same and need not be equal, but for kChunk, by which tokens are proposed.
 constexpr int64_t kUnsettled = -1, kNotFinite = -2;
 constexpr int64_t kThreadWork = 64 << 10;  // numbers that are worth waking a thread
-constexpr int64_t kRankChunk = 64;
+constexpr int64_t kChunk = 64;  // numbers of which the largest is known
 constexpr int64_t kGlance = 16;  // numbers of a chunk that are looked at together
-constexpr int64_t kDrawChunk = 256;  // whose shares are added up before it is decided among which tokens to draw
+constexpr int64_t kShareChunk = 256;  // numbers whose shares are added up together
 constexpr int64_t kFirstRanked = 64, kMostRanked = 2048, kWider = 16;
 constexpr int64_t kCapacity = 2 * kMostRanked;  // room for equals
+constexpr int64_t kMostTrials = 8192;  // of which each accepts once in 64 times or more often
 // Twice what a total in fp32 may be off.
 constexpr double kTotalError = 2e-5;
 constexpr double kLeastTemperature = 1e-30;  // a smaller one is not distinguishable from it, and would be 0 in fp32
@@ -49,6 +57,25 @@ struct ChoiceCall {
   int64_t is_raw;  // 1: minus infinity is a fault, as NaN is; 0: it is a token that is forbidden
 };
 
+// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), begun at `state`.
+class Words {
+ public:
+  explicit Words(uint64_t state) : state_(state) {}
+
+  uint64_t next() {
+    uint64_t word = state_ += 0x9e3779b97f4a7c15u;
+    word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9u;
+    word = (word ^ (word >> 27)) * 0x94d049bb133111ebu;
+    return word ^ (word >> 31);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// The upper 53 bits, in [0, 1).
+double fraction_of(uint64_t word) { return static_cast<double>(word >> 11) * 0x1p-53; }
+
 struct Candidate {
   float value;
   int32_t id;
@@ -58,25 +85,17 @@ struct Candidate {
 int64_t chunks_of(int64_t width, int64_t length) { return (width + length - 1) / length; }
 
 // Where the cumulative sum of weights passes `draw` times their total.
-struct Place {
-  int64_t index;
-  double before;  // of the sum, up to the index
-  double target;
-};
-
-template <typename Weight>
-Place invert(int64_t count, double draw, const Weight& weight) {
+int64_t invert(const Candidate* candidates, int64_t count, double draw) {
   double total = 0.0;
-  for (int64_t i = 0; i < count; ++i) total += weight(i);
+  for (int64_t i = 0; i < count; ++i) total += candidates[i].weight;
   const double target = draw * total;
   double reached = 0.0;
   for (int64_t i = 0; i < count; ++i) {
-    const double before = reached;
-    reached += weight(i);
+    reached += candidates[i].weight;
     // Rounding may lift the target to the total; the last one with a weight is meant then.
-    if (reached > target || reached >= total) return {i, before, target};
+    if (reached > target || reached >= total) return i;
   }
-  return {count - 1, reached, target};
+  return count - 1;
 }
 
 int64_t num_from(const float* x, int64_t count, float least) {
@@ -116,20 +135,22 @@ class Row {
   Row(const ChoiceCall& call, const VocabularyKernel& kernel, const float* x, const Asked& asked, char* scratch)
       : kernel_(kernel), asked_(asked), x_(x), width_(call.width), is_raw_(call.is_raw != 0) {
     candidates_ = reinterpret_cast<Candidate*>(scratch);
-    maxima_ = reinterpret_cast<float*>(candidates_ + kCapacity);
-    shares_ = maxima_ + chunks_of(width_, kRankChunk);
+    reached_ = reinterpret_cast<double*>(candidates_ + kCapacity);
+    maxima_ = reinterpret_cast<float*>(reached_ + chunks_of(width_, kChunk));
+    bounds_ = maxima_ + chunks_of(width_, kChunk);
+    shares_ = bounds_ + chunks_of(width_, kChunk);
   }
 
   static int64_t scratch_bytes(int64_t width) {
-    const int64_t floats = chunks_of(width, kRankChunk) + chunks_of(width, kDrawChunk);
-    return kCapacity * static_cast<int64_t>(sizeof(Candidate)) + (floats * 4 + 63) / 64 * 64;
+    const int64_t bytes = 16 * chunks_of(width, kChunk) + 4 * chunks_of(width, kShareChunk);
+    return kCapacity * static_cast<int64_t>(sizeof(Candidate)) + (bytes + 63) / 64 * 64;
   }
 
   int64_t choose() {
-    const int64_t num_chunks = chunks_of(width_, kRankChunk);
+    const int64_t num_chunks = chunks_of(width_, kChunk);
     if (!is_raw_) {
-      kernel_.maxima({x_, maxima_, 1, width_, kRankChunk, nullptr, nullptr}, 0, 1);
-    } else if (!kernel_.finite_maxima(x_, width_, kRankChunk, maxima_)) {
+      kernel_.maxima({x_, maxima_, 1, width_, kChunk, nullptr, nullptr}, 0, 1);
+    } else if (!kernel_.finite_maxima(x_, width_, kChunk, maxima_)) {
       return kNotFinite;
     }
     peak_ = *std::max_element(maxima_, maxima_ + num_chunks);
@@ -153,33 +174,43 @@ class Row {
 
   // The lowest id among equals.
   int64_t most_likely() const {
-    const float* chunk = std::find(maxima_, maxima_ + chunks_of(width_, kRankChunk), peak_);
-    return std::find(x_ + (chunk - maxima_) * kRankChunk, x_ + width_, peak_) - x_;
+    const float* chunk = std::find(maxima_, maxima_ + chunks_of(width_, kChunk), peak_);
+    return std::find(x_ + (chunk - maxima_) * kChunk, x_ + width_, peak_) - x_;
   }
 
   float scale() const { return static_cast<float>(1.0 / std::max(asked_.temperature, kLeastTemperature)); }
 
   void sum_shares() {
     const float scales = scale();
-    kernel_.shares({x_, shares_, 1, width_, kDrawChunk, &peak_, &scales}, 0, 1);
+    kernel_.shares({x_, shares_, 1, width_, kShareChunk, &peak_, &scales}, 0, 1);
   }
 
-  // First a chunk by its share, then a token of the chunk.
+  // Proposes a chunk as often as its largest number times 64 would ask, and one of its 64 places; accepts the token there
+  // as often as its weight is to the largest. So each token is accepted in proportion to its weight.
   int64_t draw_from_all() {
-    sum_shares();
-    const Place chunk = invert(chunks_of(width_, kDrawChunk), asked_.draw,
-                               [&](int64_t i) { return static_cast<double>(shares_[i]); });
-    const int64_t first = chunk.index * kDrawChunk, count = std::min(kDrawChunk, width_ - first);
-    const double inside = (chunk.target - chunk.before) / static_cast<double>(shares_[chunk.index]);
-    float weights[kDrawChunk];
-    kernel_.exponentials(x_ + first, count, peak_, scale(), weights);
-    const auto weight = [&](int64_t i) { return static_cast<double>(weights[i]); };
-    return first + invert(count, std::clamp(inside, 0.0, 1.0), weight).index;
+    const int64_t num_chunks = chunks_of(width_, kChunk);
+    kernel_.exponentials(maxima_, num_chunks, peak_, scale(), bounds_);
+    double total = 0.0;
+    for (int64_t i = 0; i < num_chunks; ++i) reached_[i] = total += static_cast<double>(bounds_[i]);
+    // Rounding may lift a target to the total; the last chunk with a weight is meant then.
+    const int64_t last = std::lower_bound(reached_, reached_ + num_chunks - 1, total) - reached_;
+    const bool is_fraction = asked_.draw >= 0.0 && asked_.draw < 1.0;
+    Words words(is_fraction ? static_cast<uint64_t>(asked_.draw * 0x1p53) : 0);
+    for (int64_t trial = 0; trial < kMostTrials; ++trial) {
+      const double target = fraction_of(words.next()) * total;
+      const uint64_t word = words.next();
+      const int64_t chunk = std::upper_bound(reached_, reached_ + last, target) - reached_;
+      const int64_t token = chunk * kChunk + static_cast<int64_t>(word >> 58);
+      if (token >= width_) continue;
+      const float weight = exp_f32((x_[token] - peak_) * scale());
+      if (fraction_of(word << 6) * static_cast<double>(bounds_[chunk]) < static_cast<double>(weight)) return token;
+    }
+    return kUnsettled;
   }
 
   // Collects `least` numbers or more, in order, and never what is forbidden; how many, or 0 if there is no room.
   int64_t rank(int64_t least) {
-    const int64_t num_chunks = chunks_of(width_, kRankChunk);
+    const int64_t num_chunks = chunks_of(width_, kChunk);
     // Every chunk whose largest number reaches the threshold has a number that does.
     Threshold threshold = threshold_of(maxima_, num_chunks, least);
     is_all_ = false;
@@ -190,8 +221,8 @@ class Row {
     int64_t num = 0;
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       if (maxima_[chunk] < threshold.value) continue;
-      const int64_t end = std::min((chunk + 1) * kRankChunk, width_);
-      for (int64_t first = chunk * kRankChunk; first < end; first += kGlance) {
+      const int64_t end = std::min((chunk + 1) * kChunk, width_);
+      for (int64_t first = chunk * kChunk; first < end; first += kGlance) {
         const int64_t count = std::min(kGlance, end - first);
         if (num_from(x_ + first, count, threshold.value) == 0) continue;  // most have none, and it is soon seen
         for (int64_t id = first; id < first + count; ++id) {
@@ -237,13 +268,13 @@ class Row {
     if (!is_all_ && asked_.top_p < 1.0 && top_k() == 0) {
       sum_shares();
       total = 0.0;
-      for (int64_t i = 0; i < chunks_of(width_, kDrawChunk); ++i) total += static_cast<double>(shares_[i]);
+      for (int64_t i = 0; i < chunks_of(width_, kShareChunk); ++i) total += static_cast<double>(shares_[i]);
       kept = num_kept(num, total * (1.0 + kTotalError));
       if (kept != num_kept(num, total * (1.0 - kTotalError))) return kUnsettled;
     }
     if (kept >= num && !is_all_) return kUnsettled;
     std::sort(candidates_, candidates_ + kept, [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
-    return candidates_[invert(kept, asked_.draw, [&](int64_t i) { return candidates_[i].weight; }).index].id;
+    return candidates_[invert(candidates_, kept, asked_.draw)].id;
   }
 
   const VocabularyKernel& kernel_;
@@ -254,8 +285,10 @@ class Row {
   float peak_ = 0.0f;
   bool is_all_ = false;    // every token with a weight is ranked
   Candidate* candidates_;  // [kCapacity]
-  float* maxima_;          // [chunks of kRankChunk]
-  float* shares_;          // [chunks of kDrawChunk]
+  double* reached_;        // [chunks of kChunk]: sums of the bounds up to each
+  float* maxima_;          // [chunks of kChunk]
+  float* bounds_;          // [chunks of kChunk]: weights of the maxima
+  float* shares_;          // [chunks of kShareChunk]
 };
 
 }  // namespace
