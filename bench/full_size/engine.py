@@ -27,7 +27,7 @@ from mixtral_serve.kernels.formats import Kind
 from mixtral_serve.kernels.names import BackendName
 from mixtral_serve.kernels.registry import choose
 from mixtral_serve.model.loader import build_empty
-from mixtral_serve.model.native_layer import hand_over
+from mixtral_serve.model.native_layers import hand_over
 from mixtral_serve.model.quantized import hold_packed, packed_places
 from mixtral_serve.model.rowwise import make_row_invariant
 from mixtral_serve.model.runner import LoadedModel, MixtralRunner, Numerics, assemble_runner

@@ -104,7 +104,7 @@ def _price_steps(found: Findings, allowance: Allowance, watch: MemoryWatch) -> N
     plan = engine.plan
     kv_dtype = kv_dtype_for(plan.kind, plan.settings.kv_cache_dtype)
     sizes = WorkSizes(plan.shape, plan.kind, kv_dtype)
-    counter = ExpertCounter(engine.model, plan.shape.num_experts)
+    counter = ExpertCounter(engine.model, plan.shape)
     found.grid = measure_grid(
         engine.runner,
         points(),

@@ -7,14 +7,15 @@ a batch of any size can be expected to touch. It counts in steps that are not ti
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from mixtral_serve.model.native_layer import NativeDecoderLayer, RoutingListener
+from mixtral_serve.model.native_layers import NativeDecoderLayers
 from mixtral_serve.model.quantized import PackedExperts
+from mixtral_serve.model.shape import ModelShape
 
 
 class Popularity:
@@ -49,11 +50,12 @@ class Popularity:
 class ExpertCounter:
     """Counts the choices of rows while ``listening``."""
 
-    def __init__(self, model: nn.Module, num_experts: int) -> None:
-        self._modules = [module for module in model.modules() if isinstance(module, PackedExperts | NativeDecoderLayer)]
-        assert self._modules, "the model has packed experts"
-        self._num_experts = num_experts
-        self._totals = torch.zeros(len(self._modules), num_experts, dtype=torch.int64)
+    def __init__(self, model: nn.Module, shape: ModelShape) -> None:
+        self._fused = [module for module in model.modules() if isinstance(module, NativeDecoderLayers)]
+        self._experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+        assert self._fused or self._experts, "the model has packed experts"
+        self._num_experts = shape.num_experts
+        self._totals = torch.zeros(shape.num_layers, shape.num_experts, dtype=torch.int64)
         self._num_rows = 0
         self._touched: list[int] = []
 
@@ -62,8 +64,11 @@ class ExpertCounter:
         """Count inside of the block."""
         self._touched = []
         with ExitStack() as stack:
-            for layer, module in enumerate(self._modules):
-                stack.callback(_listen(module, functools.partial(self._count, layer)))
+            for module in self._fused:
+                module.routing_listener = self._count_all
+                stack.callback(setattr, module, "routing_listener", None)
+            for layer, experts in enumerate(self._experts):
+                stack.callback(experts.register_forward_pre_hook(functools.partial(self._count_inputs, layer)).remove)
             yield
 
     @property
@@ -76,17 +81,18 @@ class ExpertCounter:
         assert self._num_rows, "something was counted"
         return Popularity((self._totals / self._num_rows).tolist())
 
+    def _count_all(self, ids: torch.Tensor) -> None:
+        """Of [layers, rows, k]."""
+        for layer, of_layer in enumerate(ids):
+            self._count(layer, of_layer)
+
+    def _count_inputs(self, layer: int, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Of what ``PackedExperts`` is called with."""
+        self._count(layer, inputs[1])
+
     def _count(self, layer: int, ids: torch.Tensor) -> None:
         chosen = torch.bincount(ids.reshape(-1), minlength=self._num_experts)
         self._totals[layer] += chosen
         self._touched.append(int((chosen > 0).sum()))
         if layer == 0:
             self._num_rows += ids.shape[0]
-
-
-def _listen(module: PackedExperts | NativeDecoderLayer, listener: RoutingListener) -> Callable[[], object]:
-    """Hand each step's expert ids [rows, k] to ``listener``; returns what ends it."""
-    if isinstance(module, PackedExperts):
-        return module.register_forward_pre_hook(lambda _, inputs: listener(inputs[1])).remove
-    module.routing_listener = listener
-    return functools.partial(setattr, module, "routing_listener", None)

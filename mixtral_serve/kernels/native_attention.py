@@ -59,6 +59,12 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class LayerStorage(ctypes.Structure):
+    """``LayerStorage`` of ``csrc/layers.cpp``: addresses of one layer's keys and values."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales"))
+
+
 @dataclass(frozen=True, slots=True)
 class _Functions:
     """The library's functions, typed."""
@@ -169,7 +175,8 @@ def attention_call(
     partials = functions.partial_floats(head_dim) * num_query_heads
     threads = _num_slots(workspace[0], functions.workspace_floats(head_dim))
     _require(threads > 0, "the workspace is too small for one thread")
-    call = AttentionCall(
+    return AttentionCall(
+        **_addresses(storage),
         num_rows=num_rows,
         num_query_heads=num_query_heads,
         num_kv_heads=num_kv_heads,
@@ -191,15 +198,16 @@ def attention_call(
         num_partials=_num_slots(workspace[1], partials),
         num_threads=min(threads, torch.get_num_threads()),
     )
-    point_at(call, storage)
-    return call
 
 
-def point_at(call: AttentionCall, storage: Sequence[torch.Tensor]) -> None:
-    """Make ``call`` one for another layer, whose ``storage`` has the same form as that it was made with."""
-    call.keys, call.values = storage[0].data_ptr(), storage[1].data_ptr()
-    if len(storage) > 2:
-        call.key_scales, call.value_scales = storage[2].data_ptr(), storage[3].data_ptr()
+def layer_storage(layers: Sequence[Sequence[torch.Tensor]]) -> ctypes.Array[LayerStorage]:
+    """The addresses of each layer's ``storage``, all of one form; the tensors must outlive them."""
+    return (LayerStorage * len(layers))(*(LayerStorage(**_addresses(storage)) for storage in layers))
+
+
+def _addresses(storage: Sequence[torch.Tensor]) -> dict[str, int]:
+    names = ("keys", "values", "key_scales", "value_scales")
+    return {name: tensor.data_ptr() for name, tensor in zip(names, storage, strict=False)}
 
 
 def raise_for(error: int) -> None:

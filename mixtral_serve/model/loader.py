@@ -29,7 +29,7 @@ from mixtral_serve.model.checkpoint import Checkpoint
 from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.model.experts import EXPERTS, register_experts
 from mixtral_serve.model.manifest import MANIFEST
-from mixtral_serve.model.native_layer import hand_over
+from mixtral_serve.model.native_layers import hand_over
 from mixtral_serve.model.packed_layout import packed_files
 from mixtral_serve.model.packed_loader import load_packed
 from mixtral_serve.model.progress import progress

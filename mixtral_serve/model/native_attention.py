@@ -41,7 +41,7 @@ class NativeStep:
     window: int | None
     """The sliding window that the pieces were cut for."""
     call: AttentionCall
-    """The same for the compiled kernels, but for the rows and the layer."""
+    """The same for the compiled kernels, but for the rows and the layer; ``cache.layers`` has what differs."""
 
     def attend(
         self, layer: int, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float, window: int | None
@@ -49,11 +49,6 @@ class NativeStep:
         """Store keys and values, attend; see ``attention.AttentionStep``."""
         assert window == self.window, "the model and the plan disagree about the window"
         return self.cache.attend(layer, rows, self.integers, window=window or 0, scaling=scaling)
-
-    def call_for(self, layer: int) -> AttentionCall:
-        """All of the call for one layer but its rows, until the next layer is asked for."""
-        self.cache.point_at(self.call, layer)
-        return self.call
 
 
 def native_step(

@@ -22,8 +22,8 @@ from mixtral_serve.kernels.native_attention import (
     SPLIT_KEYS,
     AttentionCall,
     attention_call,
+    layer_storage,
     partial_floats,
-    point_at,
     workspace_floats,
 )
 from mixtral_serve.kernels.pages import untouched
@@ -61,6 +61,8 @@ class NativeKVCache:
         self._storage = [
             [tensor[layer] for tensor in (self.keys, self.values, *self.scales)] for layer in range(shape.num_layers)
         ]
+        self.layers: Final = layer_storage(self._storage)
+        """Addresses of each layer's keys and values, for the compiled kernels."""
         slot_floats = partial_floats(shape.head_dim, shape.num_query_heads)
         self.max_partials = min(_MAX_PARTIAL_BYTES // (4 * slot_floats), -(-num_blocks * block_size // SPLIT_KEYS))
         """Most splits that one step may leave to be combined."""
@@ -101,7 +103,7 @@ class NativeKVCache:
         return out.to(rows[0].dtype)
 
     def call(self, step: Sequence[torch.Tensor], *, window: int) -> AttentionCall:
-        """A step's attention for the compiled kernels, checked, but for the rows and the layer."""
+        """A step's attention for the compiled kernels, checked, but for the rows; that of the first layer."""
         return attention_call(
             self._storage[0],
             step,
@@ -111,10 +113,6 @@ class NativeKVCache:
             window=window,
             scaling=self._scaling,
         )
-
-    def point_at(self, call: AttentionCall, layer: int) -> None:
-        """Make ``call`` one for ``layer``."""
-        point_at(call, self._storage[layer])
 
     def _fill(self, blocks: Sequence[int], value: float) -> None:
         index = torch.tensor(blocks, dtype=torch.int64)

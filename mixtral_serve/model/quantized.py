@@ -4,7 +4,7 @@ Owns: which modules of Transformers' Mixtral are replaced (the projections of at
 embedding), and under which names their storage is to be filled; ``packed_layout`` has the same names.
 
 The way of a model: ``hold_packed`` replaces the modules of an empty model and gives everything storage;
-``packed_places`` says what is to be filled, by whom ever; ``native_layer.hand_over``, or ``compute_with`` where every
+``packed_places`` says what is to be filled, by whom ever; ``native_layers.hand_over``, or ``compute_with`` where every
 module stays one of its own, hands the filled matrices to a backend and from then on the model runs.
 
 Invariants: activations are fp32 between all modules. The embedding is held in bf16 and becomes fp32 at the look-up;

@@ -138,7 +138,7 @@ def test_a_step_that_the_engine_could_not_run_is_left_out_with_the_reason(point:
 def test_steps_are_measured_in_turns_until_the_time_is_over(
     num_looks: int, num_runs: list[int], engine: LoadedEngine
 ) -> None:
-    counter = ExpertCounter(engine.model, DEMO_SIZED.num_experts)
+    counter = ExpertCounter(engine.model, engine.plan.shape)
     config, sizes = engine.plan.config, WorkSizes(engine.plan.shape, "int8", "bf16")
     looks: list[None] = []
     grid = measure_grid(

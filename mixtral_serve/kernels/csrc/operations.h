@@ -1,5 +1,5 @@
-// The operations of a layer as Python calls them, and as layer.cpp calls them one after another. Each runs its own
-// parallel region. Structures are filled in field by field by native_products.py and native_layer.py.
+// The operations of a layer as Python calls them, and as layers.cpp calls them one after another. Each runs its own
+// parallel region. Structures are filled in field by field by native_products.py and native_layers.py.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
-"""A decoder layer computed whole has the bits of its modules one by one."""
+"""Decoder layers computed whole have the bits of their modules one by one."""
 
 from __future__ import annotations
 
 import random
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -12,11 +13,13 @@ from transformers import MixtralForCausalLM
 from mixtral_serve.kernels import native
 from mixtral_serve.kernels.formats import Kind, PackedMatrix
 from mixtral_serve.kernels.native_backend import NativeBackend
-from mixtral_serve.kernels.native_layer import NativeLayer
+from mixtral_serve.kernels.native_layers import LayerTensors, NativeLayers
 from mixtral_serve.kernels.native_products import PASS_ROWS, KernelArgumentError
 from mixtral_serve.kernels.quantizer import quantize_into
 from mixtral_serve.model.loader import build_empty
-from mixtral_serve.model.native_layer import NativeDecoderLayer, hand_over
+from mixtral_serve.model.native_attention import native_step
+from mixtral_serve.model.native_kv_cache import NativeKVCache
+from mixtral_serve.model.native_layers import NativeDecoderLayers, hand_over
 from mixtral_serve.model.quantized import compute_with, hold_packed, packed_places
 from mixtral_serve.model.rowwise import make_row_invariant
 from mixtral_serve.model.runner import LoadedModel, Numerics, assemble_runner
@@ -80,8 +83,8 @@ def test_whole_layers_have_the_bits_of_their_modules(
     whole, apart = filled(shape, kind, seed=3), filled(shape, kind, seed=3)
     hand_over(whole, NativeBackend())
     compute_with(apart, NativeBackend())
-    assert all(isinstance(layer, NativeDecoderLayer) for layer in whole.model.layers)
-    assert not any(isinstance(layer, NativeDecoderLayer) for layer in apart.model.layers)
+    assert [type(layer) for layer in whole.model.layers] == [NativeDecoderLayers]
+    assert len(apart.model.layers) == shape.num_layers
     found = rows_of(whole, shape, kind, kv_dtype, 2 * PASS_ROWS)
     expected = rows_of(apart, shape, kind, kv_dtype, 2 * PASS_ROWS)
     assert found.keys() == expected.keys()
@@ -100,12 +103,14 @@ def test_a_listener_hears_each_rows_experts_and_changes_no_bit(tiny_shape: Model
     model.model.layers[0].routing_listener = heard.append
     found = rows_of(model, shape, "int4", "bf16", 2 * PASS_ROWS)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert {ids.shape[1] for ids in heard} == {shape.num_experts_per_token}
-    assert sum(ids.shape[0] for ids in heard) == PASS_ROWS + 37 + 40 + 3 + 1 + 4 * 3
+    assert {(ids.shape[0], ids.shape[2]) for ids in heard} == {(shape.num_layers, shape.num_experts_per_token)}
+    assert sum(ids.shape[1] for ids in heard) == PASS_ROWS + 37 + 40 + 3 + 1 + 4 * 3
     for ids in heard:
         assert int(ids.min()) >= 0
         assert int(ids.max()) < shape.num_experts
-        assert bool((ids[:, 0] != ids[:, 1]).all())
+        assert bool((ids[..., 0] != ids[..., 1]).all())
+    rows = torch.cat(heard, dim=1)
+    assert not torch.equal(rows[0], rows[1]), "each layer routes on its own"
 
 
 @pytest.fixture
@@ -122,9 +127,14 @@ def parts(tiny_shape: ModelShape):
     return dense, packed
 
 
+def made_of(dense, packed, num_chosen: int = 2) -> NativeLayers:
+    """One layer."""
+    return NativeLayers([LayerTensors(dense, packed)], num_chosen=num_chosen, epsilon=1e-5)
+
+
 def test_weights_that_do_not_fit_each_other_are_refused_by_name(parts, tiny_shape: ModelShape) -> None:
     dense, packed = parts
-    NativeLayer(dense, packed, num_chosen=2, epsilon=1e-5)
+    made_of(dense, packed)
     hidden = tiny_shape.hidden_size
     bad_dense = {
         "attention_norm": torch.ones(hidden + 1),
@@ -133,17 +143,37 @@ def test_weights_that_do_not_fit_each_other_are_refused_by_name(parts, tiny_shap
     }
     for name, tensor in bad_dense.items():
         with pytest.raises(KernelArgumentError, match=name):
-            NativeLayer(dense | {name: tensor}, packed, num_chosen=2, epsilon=1e-5)
+            made_of(dense | {name: tensor}, packed)
     for name, matrix in packed.items():
         leading = None if matrix.quants.dim() == 3 else 3
         small = PackedMatrix.empty("int8", matrix.num_rows + 16, matrix.num_cols + 32, num_matrices=leading)
         with pytest.raises(KernelArgumentError):
-            NativeLayer(dense, packed | {name: small}, num_chosen=2, epsilon=1e-5)
+            made_of(dense, packed | {name: small})
     other = PackedMatrix.empty("int4", packed["o"].num_rows, packed["o"].num_cols)
     with pytest.raises(KernelArgumentError, match="o is packed as int4"):
-        NativeLayer(dense, packed | {"o": other}, num_chosen=2, epsilon=1e-5)
+        made_of(dense, packed | {"o": other})
     with pytest.raises(KernelArgumentError, match="experts per row"):
-        NativeLayer(dense, packed, num_chosen=5, epsilon=1e-5)
+        made_of(dense, packed, num_chosen=5)
+
+
+def test_layers_that_differ_are_refused_by_their_number(parts, tiny_shape: ModelShape) -> None:
+    dense, packed = parts
+    layer = LayerTensors(dense, packed)
+    fewer = {
+        n: PackedMatrix.empty("int8", m.num_rows, m.num_cols, num_matrices=3) for n, m in packed.items() if n[0] == "w"
+    }
+    other = LayerTensors(dense | {"gate": torch.zeros(3, tiny_shape.hidden_size)}, packed | fewer)
+    with pytest.raises(KernelArgumentError, match="layer 2 has other shapes than layer 0"):
+        NativeLayers([layer, layer, other], num_chosen=2, epsilon=1e-5)
+
+
+def test_a_cache_of_another_number_of_layers_is_refused(parts, tiny_shape: ModelShape) -> None:
+    layers = NativeLayers([LayerTensors(*parts)] * (tiny_shape.num_layers + 1), num_chosen=2, epsilon=1e-5)
+    cache = NativeKVCache(tiny_shape, num_blocks=4, block_size=16, dtype="fp32")
+    nothing = torch.zeros(0, tiny_shape.hidden_size), *[torch.zeros(0, tiny_shape.head_dim)] * 2
+    step = native_step(cache, [], array("q"), sliding_window=None)
+    with pytest.raises(KernelArgumentError, match=f"of {tiny_shape.num_layers} layers do not fit"):
+        layers.run(*nothing, attention=step.call, storage=cache.layers)
 
 
 def test_a_router_over_more_experts_than_the_kernels_can_choose_among_is_refused(parts, tiny_shape: ModelShape) -> None:
@@ -152,4 +182,4 @@ def test_a_router_over_more_experts_than_the_kernels_can_choose_among_is_refused
     for name, of in {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}.items():
         packed[name] = PackedMatrix.empty("int8", *of, num_matrices=number)
     with pytest.raises(KernelArgumentError, match="at most 256 experts"):
-        NativeLayer(dense | {"gate": torch.zeros(number, hidden)}, packed, num_chosen=2, epsilon=1e-5)
+        made_of(dense | {"gate": torch.zeros(number, hidden)}, packed)

@@ -1,6 +1,7 @@
-// A whole decoder layer in one call: what Transformers' MixtralDecoderLayer does, with the same kernels in the same
-// order, so a layer has the same bits as its modules one by one. Between two of them lies no interpreter: threads that
-// wait for the next region are still awake when it comes, and memory is read nearly all the time.
+// Decoder layers, all of a model in one call: what Transformers' MixtralDecoderLayer does, with the same kernels in the
+// same order, so a layer has the same bits as its modules one by one. Between two of them, and between two layers, lies
+// no interpreter: threads that wait for the next region are still awake when it comes, and memory is read nearly all the
+// time.
 //
 //   hidden + o(attention(rope(q, k), v))      q, k, v: one product of norm(hidden)
 //   then + experts(norm of that)
@@ -16,7 +17,8 @@ namespace {
 
 constexpr int64_t kThreadWork = 64 << 10;  // numbers that are worth waking a thread
 
-// What does not change from step to step. Mirrored field by field by native_layer.py.
+// One layer of what does not change from step to step; sizes are alike in all layers. These structures are mirrored
+// field by field by native_layers.py.
 struct LayerWeights {
   const float* attention_norm;  // [hidden]
   const float* experts_norm;    // [hidden]
@@ -31,52 +33,73 @@ struct LayerWeights {
   int32_t kind;
 };
 
-struct LayerCall {
-  const LayerWeights* weights;
-  const AttentionCall* attention;  // all but its rows: query, key, value, out and their strides
+// One layer's keys and values; see AttentionCall.
+struct LayerStorage {
+  void* keys;
+  void* values;
+  float* key_scales;
+  float* value_scales;
+};
+
+struct LayersCall {
+  const LayerWeights* weights;     // [num_layers]
+  const LayerStorage* storage;     // [num_layers]
+  const AttentionCall* attention;  // all but its rows, query, key, value, out and their strides, and its storage
   const float* hidden;             // [num_rows, hidden]
   const float* cosine;             // [num_rows, head_dim]
   const float* sine;               // [num_rows, head_dim]
   float* out;                      // [num_rows, hidden]
-  int64_t* chosen;                 // [num_rows, num_chosen]: each row's experts; null where nobody asks
+  int64_t* chosen;                 // [num_layers, num_rows, num_chosen]: each row's experts; null where nobody asks
   void* scratch;
+  int64_t num_layers;
   int64_t pass_rows;  // of products: rows worked on at a time
   int64_t num_threads;
 };
 
-class Layer {
+class Layers {
  public:
-  Layer(const LayerCall& call, char* memory)
-      : call_(call), weights_(*call.weights), attention_(*call.attention), num_rows_(attention_.num_rows),
+  Layers(const LayersCall& call, char* memory)
+      : call_(call), weights_(call.weights), attention_(*call.attention), num_rows_(attention_.num_rows),
         query_size_(attention_.num_query_heads * attention_.head_dim),
         key_size_(attention_.num_kv_heads * attention_.head_dim) {
     Scratch scratch(memory);
-    normed_ = scratch.take<float>(num_rows_ * weights_.hidden_size);
-    added_ = scratch.take<float>(num_rows_ * weights_.hidden_size);
+    normed_ = scratch.take<float>(num_rows_ * weights_->hidden_size);
+    added_ = scratch.take<float>(num_rows_ * weights_->hidden_size);
     query_ = scratch.take<float>(num_rows_ * query_size_);
     attended_ = scratch.take<float>(num_rows_ * query_size_);
     key_ = scratch.take<float>(num_rows_ * key_size_);
     value_ = scratch.take<float>(num_rows_ * key_size_);
-    logits_ = scratch.take<float>(num_rows_ * weights_.num_experts);
-    shares_ = scratch.take<float>(num_rows_ * weights_.num_chosen);
-    chosen_ = scratch.take<int64_t>(num_rows_ * weights_.num_chosen);
+    logits_ = scratch.take<float>(num_rows_ * weights_->num_experts);
+    shares_ = scratch.take<float>(num_rows_ * weights_->num_chosen);
+    chosen_ = scratch.take<int64_t>(num_rows_ * weights_->num_chosen);
     products_ = scratch.take<char>(products_bytes());
     end_ = scratch.take<char>(0);
-    if (call.chosen) chosen_ = call.chosen;
   }
 
   int64_t scratch_bytes() const { return end_ - static_cast<char*>(nullptr); }
 
   int run() {
-    const LayerWeights& w = weights_;
-    norm(call_.hidden, w.attention_norm);
+    for (int64_t layer = 0; layer < call_.num_layers; ++layer) {
+      weights_ = call_.weights + layer;
+      if (call_.chosen) chosen_ = call_.chosen + layer * num_rows_ * weights_->num_chosen;
+      const int error = run_layer(call_.storage[layer], layer == 0 ? call_.hidden : call_.out);
+      if (error != 0) return error;
+    }
+    return 0;
+  }
+
+ private:
+  // From `hidden`, which may be the call's out, to out.
+  int run_layer(const LayerStorage& storage, const float* hidden) {
+    const LayerWeights& w = *weights_;
+    norm(hidden, w.attention_norm);
     project_in();
     rotate(query_, attention_.num_query_heads);
     rotate(key_, attention_.num_kv_heads);
-    const int error = attend();
+    const int error = attend(storage);
     if (error != 0) return error;
     project_out();
-    add(call_.hidden);
+    add(hidden);
     norm(call_.out, w.experts_norm);
     mixtral_route(normed_, w.gate, logits_, shares_, chosen_, num_rows_, w.hidden_size, w.num_experts, w.num_chosen,
                   call_.num_threads);
@@ -85,13 +108,13 @@ class Layer {
     return 0;
   }
 
- private:
   int64_t products_bytes() const {
     const int64_t rows = num_rows_ < call_.pass_rows ? num_rows_ : call_.pass_rows;
-    const int64_t widest = query_size_ > weights_.hidden_size ? query_size_ : weights_.hidden_size;
-    const int64_t linear = mixtral_linear_scratch_bytes(rows, widest, weights_.kind);
-    const int64_t experts = mixtral_experts_scratch_bytes(rows, weights_.hidden_size, weights_.num_chosen,
-                                                          weights_.num_experts, weights_.num_inner_tiles, weights_.kind);
+    const int64_t widest = query_size_ > weights_->hidden_size ? query_size_ : weights_->hidden_size;
+    const int64_t linear = mixtral_linear_scratch_bytes(rows, widest, weights_->kind);
+    const int64_t experts =
+        mixtral_experts_scratch_bytes(rows, weights_->hidden_size, weights_->num_chosen, weights_->num_experts,
+                                      weights_->num_inner_tiles, weights_->kind);
     return linear > experts ? linear : experts;
   }
 
@@ -113,26 +136,26 @@ class Layer {
   }
 
   void norm(const float* x, const float* weight) const {
-    mixtral_rms_norm(x, weight, normed_, num_rows_, weights_.hidden_size, weights_.epsilon, call_.num_threads);
+    mixtral_rms_norm(x, weight, normed_, num_rows_, weights_->hidden_size, weights_->epsilon, call_.num_threads);
   }
 
   LinearRows linear_rows(const float* x, int64_t num_cols, int64_t first, int64_t count) const {
-    return {x + first * num_cols, products_, count, num_cols, static_cast<Kind>(weights_.kind),
+    return {x + first * num_cols, products_, count, num_cols, static_cast<Kind>(weights_->kind),
             static_cast<int>(call_.num_threads)};
   }
 
   void project_in() const {
     for_each_pass([&](int64_t first, int64_t count) {
-      const Factor factors[] = {{weights_.q, query_ + first * query_size_, query_size_},
-                                {weights_.k, key_ + first * key_size_, key_size_},
-                                {weights_.v, value_ + first * key_size_, key_size_}};
-      multiply_rows(linear_rows(normed_, weights_.hidden_size, first, count), factors, 3);
+      const Factor factors[] = {{weights_->q, query_ + first * query_size_, query_size_},
+                                {weights_->k, key_ + first * key_size_, key_size_},
+                                {weights_->v, value_ + first * key_size_, key_size_}};
+      multiply_rows(linear_rows(normed_, weights_->hidden_size, first, count), factors, 3);
     });
   }
 
   void project_out() const {
     for_each_pass([&](int64_t first, int64_t count) {
-      const Factor factor{weights_.o, added_ + first * weights_.hidden_size, weights_.hidden_size};
+      const Factor factor{weights_->o, added_ + first * weights_->hidden_size, weights_->hidden_size};
       multiply_rows(linear_rows(attended_, query_size_, first, count), &factor, 1);
     });
   }
@@ -155,8 +178,12 @@ class Layer {
     });
   }
 
-  int attend() const {
+  int attend(const LayerStorage& storage) const {
     AttentionCall attention = attention_;
+    attention.keys = storage.keys;
+    attention.values = storage.values;
+    attention.key_scales = storage.key_scales;
+    attention.value_scales = storage.value_scales;
     attention.query = query_;
     attention.key = key_;
     attention.value = value_;
@@ -168,7 +195,7 @@ class Layer {
   }
 
   void experts() const {
-    const LayerWeights& w = weights_;
+    const LayerWeights& w = *weights_;
     for_each_pass([&](int64_t first, int64_t count) {
       const ExpertsCall call{normed_ + first * w.hidden_size, chosen_ + first * w.num_chosen,
                              shares_ + first * w.num_chosen, w.w1, w.w2, w.w3, added_ + first * w.hidden_size,
@@ -180,14 +207,14 @@ class Layer {
 
   // out = residual + what was computed
   void add(const float* residual) const {
-    const int64_t width = weights_.hidden_size;
+    const int64_t width = weights_->hidden_size;
     for_each_row(width, [&](int64_t row) {
       for (int64_t i = row * width; i < (row + 1) * width; ++i) call_.out[i] = residual[i] + added_[i];
     });
   }
 
-  const LayerCall& call_;
-  const LayerWeights& weights_;
+  const LayersCall& call_;
+  const LayerWeights* weights_;  // of the layer at hand
   const AttentionCall& attention_;
   const int64_t num_rows_, query_size_, key_size_;
   float *normed_, *added_, *query_, *attended_, *key_, *value_, *logits_, *shares_;
@@ -200,13 +227,13 @@ class Layer {
 
 extern "C" {
 
-// Bytes of LayerCall.scratch; of the call everything but the tensors must be filled in.
-__attribute__((visibility("default"))) int64_t mixtral_layer_scratch_bytes(const mixtral::LayerCall* call) {
-  return mixtral::Layer(*call, nullptr).scratch_bytes();
+// Bytes of LayersCall.scratch; of the call everything but the tensors must be filled in.
+__attribute__((visibility("default"))) int64_t mixtral_layers_scratch_bytes(const mixtral::LayersCall* call) {
+  return mixtral::Layers(*call, nullptr).scratch_bytes();
 }
 
 // 0, or what is wrong with the attention's step, as mixtral_paged_attention says.
-__attribute__((visibility("default"))) int mixtral_layer(const mixtral::LayerCall* call) {
-  return call->attention->num_rows > 0 ? mixtral::Layer(*call, static_cast<char*>(call->scratch)).run() : 0;
+__attribute__((visibility("default"))) int mixtral_layers(const mixtral::LayersCall* call) {
+  return call->attention->num_rows > 0 ? mixtral::Layers(*call, static_cast<char*>(call->scratch)).run() : 0;
 }
 }
