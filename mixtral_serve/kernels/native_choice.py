@@ -3,7 +3,7 @@
     mixtral_serve::choose_tokens   greedy, drawn from all, or drawn from what filters leave
 
 Owns: the operator, and the table ``asked`` that it reads. ``model/sampler.py`` says what the parameters mean; rows
-that the kernel cannot settle by looking at the likely few come back as ``UNSETTLED`` (``csrc/choice.cpp``).
+that the kernel cannot settle come back as ``UNSETTLED`` (``csrc/choice.cpp``).
 
 Invariants: a row's token is a function of that row alone, for any number of threads; whatever the numbers are, nothing
 outside the tensors is read, and a token lies within the row.

@@ -6,7 +6,8 @@ bits; what goes away is the interpreter between modules, some 0.4 ms per layer, 
 during which memory is not read, the threads of the next product fall asleep, and caches fill with something else.
 
 Invariants: weights are checked when they are handed over, rows and the attention's step with every call, so nothing
-outside the given tensors is read or written. The weights are held on to.
+outside the given tensors is read or written, if the storage is that which the step was made for: of it only addresses
+are known here. The weights are held on to.
 
 Rejected: a PyTorch operator of some twenty tensors per layer (checks all of them anew in each call).
 """
@@ -98,6 +99,8 @@ class NativeLayers:
     """
 
     def __init__(self, layers: Sequence[LayerTensors], *, num_chosen: int, epsilon: float) -> None:
+        if not layers:
+            raise KernelArgumentError("there are no layers")
         for index, layer in enumerate(layers):
             _check_weights(layer.dense, layer.packed, num_chosen)
             if _dims(layer) != _dims(layers[0]):

@@ -7,7 +7,7 @@ filters mean says ``sampler``. How a token is drawn, here and in ``csrc/choice.c
 * From the whole vocabulary, by rejection: a chunk of 64 tokens is proposed by the weight of its most likely one, then
   one of its 64 places; the token there is accepted with the share that its weight is of the chunk's largest. So each
   token is accepted in proportion to its own weight, for one exponential in 64 tokens and one in each trial. A trial
-  takes two words of a sequence that the row's random number begins; at least one in 64 is accepted.
+  takes two words of a sequence that the row's random number begins; one in 64 or more is accepted on average.
 
 Invariant: a row's token is a function of that row alone.
 
@@ -72,7 +72,10 @@ def draw(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
 
 
 def draw_exactly(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
-    """As from what filters leave, which may be all, with the whole vocabulary in order."""
+    """As ``draw`` does from what filters leave, with the whole vocabulary in order, and equals taken by ascending id.
+
+    Where nothing is filtered it is as likely to draw each token, but does not draw the same one.
+    """
     tokens: list[int] = _draw_in_order(logits, asked, _draws(asked)).tolist()
     return tokens
 
@@ -92,7 +95,7 @@ def _weights(logits: torch.Tensor, params: Sequence[Asked]) -> torch.Tensor:
 
 
 def _weights_to(peaks: torch.Tensor, logits: torch.Tensor, params: Sequence[Asked]) -> torch.Tensor:
-    """fp64 [rows, n]: the weight of each of ``logits`` in units of that of its peak."""
+    """fp64 [rows, n]: the weight of each of ``logits`` in units of that of its peak, but for its last bit."""
     temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64).unsqueeze(1)
     return (logits.double() - peaks.double()).div_(temperatures).exp_()
 

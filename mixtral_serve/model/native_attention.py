@@ -1,4 +1,4 @@
-"""A step's attention in the compiled kernels: the plan's slices as the integers that one call per layer takes.
+"""A step's attention in the compiled kernels: the plan's slices as the integers that the compiled kernels take.
 
 Owns: how slices are cut. A prefill slice becomes pieces of up to 64 query rows of one key head (positions times query
 heads that share it), each of which walks through all it may see. A decode is one piece; where its context is longer
@@ -41,7 +41,7 @@ class NativeStep:
     window: int | None
     """The sliding window that the pieces were cut for."""
     call: AttentionCall
-    """The same for the compiled kernels, but for the rows and the layer; ``cache.layers`` has what differs."""
+    """The same for the compiled kernels, but for the rows and the layer; ``cache.layer_addresses`` has what differs."""
 
     def attend(
         self, layer: int, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float, window: int | None

@@ -61,8 +61,8 @@ class NativeKVCache:
         self._storage = [
             [tensor[layer] for tensor in (self.keys, self.values, *self.scales)] for layer in range(shape.num_layers)
         ]
-        self.layers: Final = layer_storage(self._storage)
-        """Addresses of each layer's keys and values, for the compiled kernels."""
+        self.layer_addresses: Final = layer_storage(self._storage)
+        """Where each layer's keys and values are, for the compiled kernels."""
         slot_floats = partial_floats(shape.head_dim, shape.num_query_heads)
         self.max_partials = min(_MAX_PARTIAL_BYTES // (4 * slot_floats), -(-num_blocks * block_size // SPLIT_KEYS))
         """Most splits that one step may leave to be combined."""

@@ -39,6 +39,7 @@ class NativeDecoderLayers(nn.Module):
         epsilon, num_chosen = whole[0].input_layernorm.eps, whole[0].mlp.gate.top_k
         norms = [norm for layer in whole for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         assert all(norm.eps == epsilon for norm in norms), "a model has one epsilon"
+        assert all(layer.mlp.gate.top_k == num_chosen for layer in whole), "and one number of experts per row"
         self.routing_listener: RoutingListener | None = None
         self._layers = NativeLayers([_taken(layer) for layer in whole], num_chosen=num_chosen, epsilon=epsilon)
 
@@ -55,7 +56,7 @@ class NativeDecoderLayers(nn.Module):
         layers, listener = self._layers, self.routing_listener
         dims = (layers.num_layers, rows.shape[0], layers.num_chosen)
         chosen = None if listener is None else torch.empty(dims, dtype=torch.int64)
-        out = layers.run(rows, cosine, sine, attention=step.call, storage=step.cache.layers, chosen=chosen)
+        out = layers.run(rows, cosine, sine, attention=step.call, storage=step.cache.layer_addresses, chosen=chosen)
         if listener is not None and chosen is not None:
             listener(chosen)
         return out.unsqueeze(0)

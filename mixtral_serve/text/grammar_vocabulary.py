@@ -35,10 +35,10 @@ from mixtral_serve.text.detokenizer import TokenBytes
 from mixtral_serve.text.errors import GrammarError
 
 MATCHER_BYTES: Final = 24 << 20
-"""What one matcher may come to hold. Measured at 32,000 tokens: 0.03 to 0.2 MB with ordinary schemas, up to 24 MB with
+"""What one matcher may come to hold. Measured at 32,000 tokens: 0.03 to 0.2 MB with ordinary schemas, up to 23 MB with
 ninety ambiguous terminals of a client's grammar."""
 _MAX_PLAIN_STATES: Final = 8_000
-_MAX_REGEX_STATES: Final = 3_500
+_MAX_REGEX_STATES: Final = 3_300
 _MAX_GRAMMAR_SIZE: Final = 50_000
 _MAX_STEP_ITEMS: Final = 10_000
 _WORD_BITS: Final = 32

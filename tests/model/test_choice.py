@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import TypeAlias
 
 import pytest
@@ -70,6 +70,51 @@ def test_a_token_is_the_one_that_the_definitions_give(
     choose: Choose, rows: list[Asked], width: int, seed: int, num_forbidden: int
 ) -> None:
     check(choose, logits_of(len(rows), width, seed, num_forbidden=num_forbidden), rows)
+
+
+@pytest.mark.parametrize("choose", WAYS)
+@given(
+    draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=5),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    width=st.integers(1, 1500),
+    seed=st.integers(0, 2**32),
+    num_forbidden=st.sampled_from([0, 3, 1490]),
+)
+def test_a_token_drawn_from_all_is_the_one_that_the_definition_gives(
+    choose: Choose, draws: list[float], temperature: float, width: int, seed: int, num_forbidden: int
+) -> None:
+    rows = [Asked(temperature, 0, 1.0, 0.0, draw) for draw in draws]
+    check(choose, logits_of(len(rows), width, seed, num_forbidden=num_forbidden), rows)
+
+
+@pytest.mark.parametrize("choose", WAYS)
+def test_the_one_token_of_a_chunk_is_found_however_many_trials_it_takes(choose: Choose) -> None:
+    logits = torch.full((200, 3 * CHUNK), -torch.inf)
+    logits[:, CHUNK + 7] = 2.0
+    rows = [Asked(1.0, 0, 1.0, 0.0, n / 200) for n in range(200)]
+    assert sum(1 for row in rows if num_trials(row.draw, 7) > CHUNK) > 20, "one in e"
+    assert choose(logits, rows, is_raw=False) == [CHUNK + 7] * 200
+
+
+def num_trials(draw: float, place: int) -> int:
+    """Trials until a place is proposed, where only one chunk has a weight."""
+    words = split_mix(int(draw * 2**53))
+    return next(n for n in itertools.count(1) if next(itertools.islice(words, 1, None)) >> 58 == place)
+
+
+@pytest.mark.parametrize("choose", WAYS)
+def test_every_token_of_all_is_drawn_as_often_as_it_weighs(choose: Choose) -> None:
+    logits = logits_of(1, 150, seed=3, scale=1.0, num_forbidden=20)
+    expected = (logits[0].double() / 0.8).softmax(dim=-1)
+    num = 30_000
+    draws = torch.rand(num, generator=torch.Generator().manual_seed(4), dtype=torch.float64).tolist()
+    rows = [Asked(0.8, 0, 1.0, 0.0, draw) for draw in draws]
+    counts = torch.bincount(torch.tensor(choose(logits.expand(num, -1), rows, is_raw=False)), minlength=150)
+    possible = expected > 0
+    assert int(counts[~possible].sum()) == 0
+    chi_square = float((((counts - num * expected) ** 2) / (num * expected))[possible].sum())
+    degrees = int(possible.sum()) - 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
 
 
 @pytest.mark.parametrize("choose", WAYS)
@@ -161,22 +206,25 @@ def test_where_a_mask_leaves_few_tokens_the_kernel_settles_it(num_allowed: int, 
 def test_the_words_of_a_draw_are_those_of_split_mix() -> None:
     # As published for the state 1234567, at https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64.
     wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    assert list(islice(split_mix(1234567), 5)) == wanted
+    assert list(itertools.islice(split_mix(1234567), 5)) == wanted
 
 
 @has_native
 def test_the_bounds_behind_a_draw_keep_every_bit() -> None:
-    """Between two neighbouring numbers where another chunk is proposed, any other bit of its bound would show."""
+    """Between two neighbouring numbers another chunk is proposed; a bound some bits off would move the place."""
     num_chunks = 38  # in vectors of 16 and 8, and some over
     others = torch.arange(1, num_chunks)
-    draw = next(draw for n in range(100) if 0.55 < fraction(next(split_mix(int((draw := n / 100) * 2**53)))) < 0.95)
+    firsts = ((n / 1000, fraction(next(split_mix(int(n / 1000 * 2**53))))) for n in range(1000))
+    draws = [draw for draw, first in firsts if 0.55 < first < 0.95][: len(others)]
+    temperatures = torch.linspace(0.5, 1.5, len(others), dtype=torch.float64)
 
     def is_proposed(levels: torch.Tensor, rows: slice = slice(None)) -> list[bool]:
         """Whether each row draws from the one other chunk with a weight, at that level; each proposal is accepted."""
         logits = torch.full((len(others), num_chunks, CHUNK), -torch.inf)
         logits[:, 0] = 0.0
         logits[torch.arange(len(others)), others] = levels.unsqueeze(1)
-        table = torch.tensor([[0.7, 0, 1, 0, draw]] * len(others), dtype=torch.float64)
+        table = torch.tensor([[0, 0, 1, 0, draw] for draw in draws], dtype=torch.float64)
+        table[:, 0] = temperatures
         tokens = torch.ops.mixtral_serve.choose_tokens(logits.flatten(1)[rows].contiguous(), table[rows], False)
         chunks = tokens // CHUNK
         assert bool(((chunks == 0) | (chunks == others[rows])).all())

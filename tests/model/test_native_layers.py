@@ -163,6 +163,8 @@ def test_layers_that_differ_are_refused_by_their_number(parts, tiny_shape: Model
         n: PackedMatrix.empty("int8", m.num_rows, m.num_cols, num_matrices=3) for n, m in packed.items() if n[0] == "w"
     }
     other = LayerTensors(dense | {"gate": torch.zeros(3, tiny_shape.hidden_size)}, packed | fewer)
+    with pytest.raises(KernelArgumentError, match="no layers"):
+        NativeLayers([], num_chosen=2, epsilon=1e-5)
     with pytest.raises(KernelArgumentError, match="layer 2 has other shapes than layer 0"):
         NativeLayers([layer, layer, other], num_chosen=2, epsilon=1e-5)
 
@@ -173,7 +175,7 @@ def test_a_cache_of_another_number_of_layers_is_refused(parts, tiny_shape: Model
     nothing = torch.zeros(0, tiny_shape.hidden_size), *[torch.zeros(0, tiny_shape.head_dim)] * 2
     step = native_step(cache, [], array("q"), sliding_window=None)
     with pytest.raises(KernelArgumentError, match=f"of {tiny_shape.num_layers} layers do not fit"):
-        layers.run(*nothing, attention=step.call, storage=cache.layers)
+        layers.run(*nothing, attention=step.call, storage=cache.layer_addresses)
 
 
 def test_a_router_over_more_experts_than_the_kernels_can_choose_among_is_refused(parts, tiny_shape: ModelShape) -> None:

@@ -177,6 +177,13 @@ def test_choices_and_seeds_have_streams_of_their_own() -> None:
 def test_the_stream_is_the_same_in_every_version() -> None:
     # A seed that a client noted must give the same answer after an upgrade.
     assert [round(uniform(7, 1, i), 12) for i in range(3)] == [0.270026581302, 0.541989052962, 0.556392965089]
+    logits = torch.tensor([THREE_CHUNKS]).expand(8, -1)
+    for params, wanted in (
+        (SamplingParams(seed=7, choice=1), [35, 60, 146, 52, 140, 54, 125, 120]),
+        (SamplingParams(seed=7, choice=1, top_k=20, top_p=0.9), [115, 133, 133, 134, 121, 147, 145, 139]),
+    ):
+        results = sample(logits, prepare([SampleRow(params, position) for position in range(8)]))
+        assert [result.token_id for result in results] == wanted
 
 
 def test_a_token_is_a_function_of_seed_choice_and_position_alone() -> None:

@@ -1,13 +1,14 @@
 // The next token of each row: the most likely one, or one drawn from the whole vocabulary or from what filters leave.
-// model/sampler.py says what the filters mean, and model/draws.py how a token is drawn. A row is worked on while it lies
-// in a cache, by one thread.
+// model/sampler.py says what the filters mean, and model/draws.py how a token is drawn. A row is worked on while it
+// lies in a cache, by one thread.
 //
 // The whole vocabulary is drawn from without its exponentials: of each chunk only that of the largest number is
 // computed, which bounds the others.
 //
 // Of a filtered row only the most likely few are ranked: all numbers that reach a threshold, which the maxima of short
 // chunks give. Where that does not settle it (a nucleus wider than some thousand tokens, a cut that hangs on rounding,
-// thousands of equals) the row is handed back.
+// thousands of equals) the row is handed back, and where no trial of a draw from all is accepted, which numbers that
+// are finite do not bring about.
 //
 // Whatever the numbers are, a token lies within the row.
 //
@@ -45,7 +46,7 @@ struct Asked {
   double top_k;        // 0: all
   double top_p;
   double min_p;
-  double draw;  // in [0, 1)
+  double draw;  // in [0, 1); its first 53 bits count
 };
 
 struct ChoiceCall {
@@ -185,8 +186,8 @@ class Row {
     kernel_.shares({x_, shares_, 1, width_, kShareChunk, &peak_, &scales}, 0, 1);
   }
 
-  // Proposes a chunk as often as its largest number times 64 would ask, and one of its 64 places; accepts the token there
-  // as often as its weight is to the largest. So each token is accepted in proportion to its weight.
+  // Proposes a chunk by the weight of its largest number, and one of its 64 places; accepts the token there as often
+  // as its weight is to that one. So each token is accepted in proportion to its weight.
   int64_t draw_from_all() {
     const int64_t num_chunks = chunks_of(width_, kChunk);
     kernel_.exponentials(maxima_, num_chunks, peak_, scale(), bounds_);
@@ -225,10 +226,11 @@ class Row {
       for (int64_t first = chunk * kChunk; first < end; first += kGlance) {
         const int64_t count = std::min(kGlance, end - first);
         if (num_from(x_ + first, count, threshold.value) == 0) continue;  // most have none, and it is soon seen
+        if (num + kGlance > kCapacity) return 0;
         for (int64_t id = first; id < first + count; ++id) {
-          if (!(x_[id] >= threshold.value)) continue;  // nor what is not a number: it has no place in an order
-          if (num == kCapacity) return 0;
-          candidates_[num++] = {x_[id], static_cast<int32_t>(id), 0.0};
+          candidates_[num].value = x_[id];
+          candidates_[num].id = static_cast<int32_t>(id);
+          num += x_[id] >= threshold.value;  // no branch: nobody can predict it. What is not a number has no place.
         }
       }
     }

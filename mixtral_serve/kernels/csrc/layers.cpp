@@ -1,7 +1,7 @@
 // Decoder layers, all of a model in one call: what Transformers' MixtralDecoderLayer does, with the same kernels in the
-// same order, so a layer has the same bits as its modules one by one. Between two of them, and between two layers, lies
-// no interpreter: threads that wait for the next region are still awake when it comes, and memory is read nearly all the
-// time.
+// same order, so a layer has the same bits as its modules one by one. Between two of them, and between two layers,
+// lies no interpreter: threads that wait for the next region are still awake when it comes, and memory is read nearly
+// all the time.
 //
 //   hidden + o(attention(rope(q, k), v))      q, k, v: one product of norm(hidden)
 //   then + experts(norm of that)
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kThreadWork = 64 << 10;  // numbers that are worth waking a thread
 
-// One layer of what does not change from step to step; sizes are alike in all layers. These structures are mirrored
-// field by field by native_layers.py.
+// One layer of what does not change from step to step; sizes are alike in all layers. Structures are mirrored field by
+// field by native_layers.py, LayerStorage by native_attention.py.
 struct LayerWeights {
   const float* attention_norm;  // [hidden]
   const float* experts_norm;    // [hidden]
@@ -44,7 +44,7 @@ struct LayerStorage {
 struct LayersCall {
   const LayerWeights* weights;     // [num_layers]
   const LayerStorage* storage;     // [num_layers]
-  const AttentionCall* attention;  // all but its rows, query, key, value, out and their strides, and its storage
+  const AttentionCall* attention;  // all but the addresses of rows and storage, and the rows' strides
   const float* hidden;             // [num_rows, hidden]
   const float* cosine;             // [num_rows, head_dim]
   const float* sine;               // [num_rows, head_dim]

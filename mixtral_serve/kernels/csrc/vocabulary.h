@@ -1,5 +1,6 @@
 // What sampling asks of rows as wide as the vocabulary: whether they are finite, the largest number of every chunk, and
-// the share of every chunk in the distribution to draw from. Each is one pass over numbers that lie in a cache.
+// the share of every chunk in the distribution, whose total cuts a nucleus. Each is one pass over numbers that lie in a
+// cache.
 //
 // The law: a row's results depend on nothing but the row. Sums are sixteen sums of the elements at positions equal
 // modulo 16 within the chunk, ascending, added pairwise as in rowwise.h.
