@@ -210,7 +210,7 @@ def test_the_words_of_a_draw_are_those_of_split_mix() -> None:
 
 
 @has_native
-def test_the_bounds_behind_a_draw_keep_every_bit() -> None:
+def test_the_bounds_behind_a_draw_are_the_same_on_every_instruction_set() -> None:
     """Between two neighbouring numbers another chunk is proposed; a bound some bits off would move the place."""
     num_chunks = 38  # in vectors of 16 and 8, and some over
     others = torch.arange(1, num_chunks)
@@ -242,6 +242,35 @@ def test_the_bounds_behind_a_draw_keep_every_bit() -> None:
             assert is_proposed(high) == [True] * len(others)
     alone = [is_proposed(levels, slice(i, i + 1)) for levels in (low, high) for i in range(len(others))]
     assert alone == [[False]] * len(others) + [[True]] * len(others)
+
+
+@has_native
+def test_the_total_that_cuts_a_nucleus_keeps_every_bit() -> None:
+    """Where a cut becomes too near to call is a matter of the total's last bit, and so of every share's."""
+    num_rows, rank = 24, 5
+    logits = logits_of(num_rows, 4001, seed=9)  # more than are ranked, or the total would be the exact one
+    ranked = logits.double().softmax(dim=-1).sort(dim=-1, descending=True).values
+    at_cut = ranked.cumsum(dim=-1)[:, rank]
+
+    def is_settled(nuclei: torch.Tensor, rows: slice = slice(None)) -> list[bool]:
+        table = torch.zeros(num_rows, 5, dtype=torch.float64)
+        table[:, 0], table[:, 2] = 1.0, nuclei
+        return (torch.ops.mixtral_serve.choose_tokens(logits[rows], table[rows], True) != UNSETTLED).tolist()
+
+    low, high = at_cut * (1 - 1e-4), at_cut.clone()
+    assert is_settled(low) == [True] * num_rows
+    assert is_settled(high) == [False] * num_rows
+    for _ in range(64):
+        nuclei = low + (high - low) / 2
+        found = torch.tensor(is_settled(nuclei))
+        low, high = torch.where(found, nuclei, low), torch.where(found, high, nuclei)
+    high = torch.nextafter(low, torch.tensor(1.0, dtype=torch.float64))
+    for isa in [isa for isa in Isa if isa <= best_isa()]:
+        with limited_to(isa):
+            assert is_settled(low) == [True] * num_rows
+            assert is_settled(high) == [False] * num_rows
+    alone = [is_settled(nuclei, slice(i, i + 1)) for nuclei in (low, high) for i in range(num_rows)]
+    assert alone == [[True]] * num_rows + [[False]] * num_rows
 
 
 @has_native

@@ -307,17 +307,14 @@ def hostile() -> Iterable[tuple[str, Callable[[], str]]]:
 @pytest.mark.parametrize(("name", "make"), [pytest.param(name, make, id=name) for name, make in hostile()])
 def test_no_hostile_grammar_costs_a_second_or_a_hundred_megabytes(mixtral_vocabulary, name, make) -> None:
     del name
-    began_bytes = _resident_bytes()
-    for _ in range(3):  # who shares the processor's core can make one attempt slow
-        began_s, matcher = time.process_time(), None
-        with contextlib.suppress(GrammarError):
-            matcher = mixtral_vocabulary.compile(make())  # is held until memory was looked at
-        if matcher is not None:
-            _wander(mixtral_vocabulary, matcher, num_tokens=30)
-        took_s = time.process_time() - began_s
-        if took_s < 1.0:
-            break
-    assert took_s < 1.0
+    began_bytes, began_s = _resident_bytes(), time.process_time()
+    try:
+        matcher = mixtral_vocabulary.compile(make())
+    except GrammarError:
+        matcher = None
+    if matcher is not None:
+        _wander(mixtral_vocabulary, matcher, num_tokens=30)
+    assert time.process_time() - began_s < 1.0
     assert _resident_bytes() - began_bytes < 100 << 20
 
 
