@@ -2,8 +2,7 @@
 
     mixtral_serve::choose_tokens   greedy, drawn from all, or drawn from what filters leave
 
-Owns: the operator, and the table ``asked`` that it reads. ``model/sampler.py`` says what the parameters mean; rows
-that the kernel cannot settle come back as ``UNSETTLED`` (``csrc/choice.cpp``).
+Owns: the operator, and the table ``asked`` that it reads. ``model/sampler.py`` says what the parameters mean.
 
 Invariants: a row's token is a function of that row alone, for any number of threads; whatever the numbers are, nothing
 outside the tensors is read, and a token lies within the row.
@@ -21,7 +20,6 @@ import torch
 
 from mixtral_serve.kernels.native import library
 
-UNSETTLED: Final = -1
 NOT_FINITE: Final = -2
 NUM_ASKED: Final = 5
 """Columns of ``asked``: temperature (0: the most likely), top_k (0: all), top_p, min_p, and the draw in [0, 1)."""

@@ -16,8 +16,8 @@ from typing import Final
 import torch
 
 from mixtral_serve.kernels import native
-from mixtral_serve.kernels.native_choice import NOT_FINITE, NUM_ASKED, UNSETTLED
-from mixtral_serve.model.draws import Asked, draw, draw_exactly
+from mixtral_serve.kernels.native_choice import NOT_FINITE, NUM_ASKED
+from mixtral_serve.model.draws import Asked, draw
 from mixtral_serve.model.likeliest import largest
 from mixtral_serve.model.wide_rows import finite_rows
 
@@ -43,8 +43,6 @@ def choose_natively(logits: torch.Tensor, asked: Sequence[Asked], *, is_raw: boo
         return []
     table = torch.frombuffer(array("d", chain.from_iterable(asked)), dtype=torch.float64).view(-1, NUM_ASKED)
     tokens: list[int] = _choose_tokens(logits.contiguous(), table, is_raw).tolist()
-    for i in [i for i, token in enumerate(tokens) if token == UNSETTLED]:
-        tokens[i] = draw_exactly(logits[i : i + 1], asked[i : i + 1])[0]  # alone: its bits are its own
     return [None if token == NOT_FINITE else token for token in tokens]
 
 

@@ -1,7 +1,6 @@
-"""Drawing tokens with PyTorch's operators: for machines without compiled kernels, and for what those hand back.
+"""Drawing tokens with PyTorch's operators, for machines without compiled kernels.
 
-Owns: ``draw``, and ``draw_exactly``, which puts the whole vocabulary in order and so settles every row. What the
-filters mean says ``sampler``. How a token is drawn, here and in ``csrc/choice.cpp``:
+Owns: ``draw``. What the filters mean says ``sampler``. How a token is drawn, here and in ``csrc/choice.cpp``:
 
 * From what filters leave: where the row's random number falls in the cumulative distribution over ascending ids.
 * From the whole vocabulary, by rejection: a chunk of 64 tokens is proposed by the weight of its most likely one, then
@@ -67,22 +66,9 @@ def draw(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
         rows = [i for i, params in enumerate(asked) if _filters(params, logits.shape[1]) is wanted]
         if rows:
             params = [asked[i] for i in rows]
-            tokens.update(zip(rows, draw_all(logits[rows], params, _draws(params)).tolist(), strict=True))
+            draws = torch.tensor([p.draw for p in params], dtype=torch.float64).unsqueeze(1)
+            tokens.update(zip(rows, draw_all(logits[rows], params, draws).tolist(), strict=True))
     return list(tokens.values())
-
-
-def draw_exactly(logits: torch.Tensor, asked: Sequence[Asked]) -> list[int]:
-    """As ``draw`` does from what filters leave, with the whole vocabulary in order, and equals taken by ascending id.
-
-    Where nothing is filtered it is as likely to draw each token, but does not draw the same one.
-    """
-    tokens: list[int] = _draw_in_order(logits, asked, _draws(asked)).tolist()
-    return tokens
-
-
-def _draws(asked: Sequence[Asked]) -> torch.Tensor:
-    """The random numbers, fp64 [rows, 1]."""
-    return torch.tensor([params.draw for params in asked], dtype=torch.float64).unsqueeze(1)
 
 
 def _filters(params: Asked, vocab: int) -> bool:
@@ -234,7 +220,7 @@ def _num_kept(filters: _Filters, logits: torch.Tensor, params: Sequence[Asked], 
 
 
 def _draw_in_order(logits: torch.Tensor, params: Sequence[Asked], draws: torch.Tensor) -> torch.Tensor:
-    """[rows]; see ``draw_exactly``."""
+    """[rows]: tokens drawn from what the filters leave of the whole vocabulary in order, equals by ascending id."""
     vocab = logits.shape[1]
     weights = _weights(logits, params)
     ranked, ids = weights.sort(dim=-1, descending=True, stable=True)

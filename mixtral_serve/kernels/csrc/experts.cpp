@@ -63,8 +63,8 @@ class Experts {
     Scratch scratch(call.scratch);
     const int64_t slots = call.num_rows * call.k;
     routing_ = Routing::take(scratch, call.num_rows, call.num_experts, call.k);
-    rows_ = scratch.take_rows(kind_, slots, w1_.num_groups, kernels_.column_bytes(kind_));
-    inner_rows_ = scratch.take_rows(kind_, slots, w2_.num_groups, kernels_.column_bytes(kind_));
+    rows_ = PackedRows::take(scratch, kind_, slots, w1_.num_groups, kernels_.column_bytes(kind_));
+    inner_rows_ = PackedRows::take(scratch, kind_, slots, w2_.num_groups, kernels_.column_bytes(kind_));
     inner_ = scratch.take<float>(slots * inner_cols_);
     down_ = scratch.take<float>(slots * call.num_cols);
     up_starts_ = scratch.take<int64_t>(call.num_experts + 1);

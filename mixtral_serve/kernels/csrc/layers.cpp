@@ -10,7 +10,7 @@
 // nothing.
 #include "operations.h"
 #include "parallel.h"
-#include "row_blocks.h"
+#include "scratch.h"
 
 namespace mixtral {
 namespace {

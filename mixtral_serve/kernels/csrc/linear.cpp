@@ -12,8 +12,8 @@ void multiply_rows(const LinearRows& call, const Factor* factors, int num_factor
   const Kind kind = call.kind;
   const int64_t num_groups = groups_of(call.num_cols);
   const Segment segment{0, call.num_rows, kernels.block_rows(kind, call.num_rows)};
-  const PackedRows rows =
-      Scratch(call.scratch).take_rows(kind, call.num_rows, num_groups, kernels.column_bytes(kind));
+  Scratch scratch(call.scratch);
+  const PackedRows rows = PackedRows::take(scratch, kind, call.num_rows, num_groups, kernels.column_bytes(kind));
   const auto matrix = [&](const Factor& factor) {
     const int64_t num_tiles = (factor.num_outputs + kTileRows - 1) / kTileRows;
     return Matrix{kind, factor.weights.quants, factor.weights.scales, num_tiles, num_groups};

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "products.h"
+#include "scratch.h"
 
 namespace mixtral {
 
@@ -41,6 +42,14 @@ struct PackedRows {
   int32_t* offsets;  // [rows][num_offsets()]
   float* scales;     // [rows]
 
+  static PackedRows take(Scratch& scratch, Kind kind, int64_t num_rows, int64_t num_groups, int64_t column_bytes) {
+    PackedRows rows{kind, num_groups, column_bytes, nullptr, nullptr, nullptr};
+    rows.quants = scratch.take<int8_t>(num_rows * rows.row_bytes());
+    rows.offsets = scratch.take<int32_t>(num_rows * rows.num_offsets());
+    rows.scales = scratch.take<float>(num_rows);
+    return rows;
+  }
+
   int64_t num_offsets() const { return kind == Kind::int4 ? num_groups : 1; }
 
   // Room for whole pieces of 64 columns, as wide blocks have them.
@@ -64,30 +73,6 @@ struct PackedRows {
     return {quants + first * row_bytes(), offsets + first * num_offsets(), scales + first + within, within,
             segment.block_start(index + 1) - start, segment.is_wide()};
   }
-};
-
-// Hands out a piece of memory that the caller of the library brought, in steps of whole cache lines.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    char* taken = next_;
-    next_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(taken);
-  }
-
-  PackedRows take_rows(Kind kind, int64_t num_rows, int64_t num_groups, int64_t column_bytes) {
-    PackedRows rows{kind, num_groups, column_bytes, nullptr, nullptr, nullptr};
-    rows.quants = take<int8_t>(num_rows * rows.row_bytes());
-    rows.offsets = take<int32_t>(num_rows * rows.num_offsets());
-    rows.scales = take<float>(num_rows);
-    return rows;
-  }
-
- private:
-  char* next_;
 };
 
 }  // namespace mixtral
