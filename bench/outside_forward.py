@@ -50,6 +50,7 @@ SAMPLINGS: Final = {
     "greedy": SamplingParams(temperature=0.0),
     "plain": SamplingParams(temperature=1.0, seed=1),
     "sampled": SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=1),
+    "nucleus": SamplingParams(temperature=1.0, top_p=0.95, seed=1),  # two thirds of a vocabulary of normal logits
 }
 _SHAPE: Final = ModelShape(
     vocab_size=32000,

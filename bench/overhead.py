@@ -25,6 +25,7 @@ from bench.environment import run_as_engine
 from bench.live_streams import LiveStreams, OverheadError, measure_live_streams, model_shape
 from bench.measure import Machine
 from bench.outside_forward import SAMPLINGS, StepCost, measure_outside_forward
+from mixtral_serve.engine.memory import settle_heap
 from mixtral_serve.model.synthetic import write_synthetic_checkpoint
 
 LEAST_STEP_S = 0.05
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns 0 when it could be measured, whatever came out."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(min(options.threads, Machine.this().num_cpus))
+    settle_heap()  # as the engine does
     costs = {name: measure_outside_forward(options.running, options.steps, s) for name, s in SAMPLINGS.items()}
     try:
         streams = None if options.skip_streams else _streams(options)

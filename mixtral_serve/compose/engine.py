@@ -18,7 +18,7 @@ import sys
 from mixtral_serve import settings as settings_module
 from mixtral_serve.compose.plan import ServingPlan, plan_serving, scheduler_config
 from mixtral_serve.engine.errors import EXIT_CONFIG, EngineStartError
-from mixtral_serve.engine.memory import MemoryWatch, Watermarks, limit_data, release_memory
+from mixtral_serve.engine.memory import MemoryWatch, Watermarks, limit_data, settle_heap
 from mixtral_serve.engine.process import EngineParts, run_engine
 from mixtral_serve.kernels.native import NativeUnavailableError
 from mixtral_serve.kernels.registry import KernelsUnavailableError
@@ -73,7 +73,7 @@ def build_limited_engine(settings: Settings) -> EngineParts:
         raise EngineStartError(f"{settings.model}: {error}", EXIT_CONFIG) from error
     limit_data(plan.engine_bytes + largest_shard)
     parts = build_engine(settings)
-    release_memory()
+    settle_heap()
     limit_bytes = limit_data(plan.engine_bytes)
     _log.info("this process may hold %.3f GB", limit_bytes / 1e9)
     return parts._replace(memory=MemoryWatch(Watermarks.below(limit_bytes, plan.demands.allocator_slack)))

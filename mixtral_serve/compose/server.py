@@ -26,7 +26,7 @@ from mixtral_serve.engine.admission import limit_for
 from mixtral_serve.engine.client import EngineClient
 from mixtral_serve.engine.errors import EXIT_CONFIG
 from mixtral_serve.engine.launch import EngineLaunch
-from mixtral_serve.engine.memory import MemoryGate, MemoryWatch, Watermarks
+from mixtral_serve.engine.memory import MemoryGate, MemoryWatch, Watermarks, settle_heap
 from mixtral_serve.engine.watchdog import Watchdog
 from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.errors import CheckpointError
@@ -132,7 +132,9 @@ async def _serve(
         sys.stdout.write(greeting(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", plan, info))
         sys.stdout.flush()
 
-    return await serve(create_app(dependencies), engine, where.settings, listener=where.listener, on_ready=welcome)
+    app = create_app(dependencies)
+    settle_heap()
+    return await serve(app, engine, where.settings, listener=where.listener, on_ready=welcome)
 
 
 def engine_launch(settings: Settings) -> EngineLaunch:

@@ -70,13 +70,17 @@ class _Cut:
     """Collects tables, pieces and merges."""
 
     def __init__(self, cache: NativeKVCache, window: int | None) -> None:
-        self._cache = cache
+        self._block_size = cache.block_size
+        self._max_partials = cache.max_partials
         self._window = window
         self._per_kv_head = per_kv_head = cache.num_query_heads_per_kv_head
         self._decode_rows = [
             (first, min(MAX_PIECE_ROWS, per_kv_head - first)) for first in range(0, per_kv_head, MAX_PIECE_ROWS)
         ]
-        """Query rows of one token and one key head, cut: where a piece begins, and how many it has."""
+        """Query rows of one token and one key head, cut: where a piece begins, and how many it has.
+
+        One piece, or few where very many query heads share a key head.
+        """
         self._tables = array("q")
         self._pieces: list[tuple[int, tuple[int, ...]]] = []
         """What a piece costs (keys times rows), and its fields."""
@@ -84,15 +88,17 @@ class _Cut:
         self._num_partials = 0
 
     def add(self, first_row: int, part: ScheduledSlice) -> None:
-        start, num_tokens = part.start, part.num_tokens
-        first_key = self._first_key(start)
-        first_block = first_key // self._cache.block_size
+        start, num_tokens, size = part.start, part.num_tokens, self._block_size
+        first_key = self._first_key(start) if self._window else 0
+        first_block = first_key // size
         table = len(self._tables) - first_block
-        self._tables.extend(part.block_table[first_block : -(-(start + num_tokens) // self._cache.block_size)])
+        self._tables.extend(part.block_table[first_block : -(-(start + num_tokens) // size)])
         if num_tokens > 1:
             self._add_rows(first_row, part, table)
-        elif not self._add_splits(first_row, start, table, first_key):
-            self._add_decode(first_row, start, table, first_key)
+        elif start // SPLIT_KEYS == first_key // SPLIT_KEYS or not self._add_splits(first_row, start, table, first_key):
+            num_keys = start + 1 - first_key
+            for first, num in self._decode_rows:
+                self._pieces.append((num * num_keys, (first_row, start, table, first, num, -1, -1)))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tables, pieces (the longest first: the short ones fill the gaps at the end), merges."""
@@ -113,16 +119,11 @@ class _Cut:
             cost = num * (ends + 1 - self._first_key(begins))
             self._pieces.append((cost, (first_row, part.start, table, first, num, -1, -1)))
 
-    def _add_decode(self, row: int, position: int, table: int, first_key: int) -> None:
-        """A decode in one piece, or few where very many query heads share a key head."""
-        for first, num in self._decode_rows:
-            self._pieces.append((num * (position + 1 - first_key), (row, position, table, first, num, -1, -1)))
-
     def _add_splits(self, row: int, position: int, table: int, first_key: int) -> bool:
-        """Cut a decode at the splits, if it has several and their results find room."""
+        """Cut a decode of several splits at them, if their results find room."""
         first_split, end_split = first_key // SPLIT_KEYS, position // SPLIT_KEYS + 1
         num_splits = end_split - first_split
-        if num_splits == 1 or self._num_partials + num_splits > self._cache.max_partials:
+        if self._num_partials + num_splits > self._max_partials:
             return False
         for partial, split in enumerate(range(first_split, end_split), self._num_partials):
             for first, num in self._decode_rows:

@@ -296,3 +296,20 @@ def test_row51_beyond_the_limit_python_and_pytorch_raise_and_go_on() -> None:
         str(64.0 * 64 * 64),
         str(256 << 20),
     ]
+
+
+LOADED = """
+import gc
+from mixtral_serve.compose.engine import build_limited_engine
+from mixtral_serve.settings import Settings
+
+parts = build_limited_engine(Settings())
+print(len(gc.get_objects()))
+"""
+
+
+@pytest.mark.slow
+def test_collections_of_garbage_in_a_loaded_engine_look_at_little() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 5000
