@@ -44,10 +44,9 @@ inline __m256i load(const void* address) { return _mm256_loadu_si256(static_cast
 
 inline void store(int32_t* address, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(address), x); }
 
-inline __m256i broadcast(const int8_t* piece) {
-  int32_t value;
-  __builtin_memcpy(&value, piece, sizeof value);
-  return _mm256_set1_epi32(value);
+// Four bytes. In the domain of floats since GCC would take integers through a register and the stack.
+inline __m256i broadcast(const void* piece) {
+  return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float*>(piece)));
 }
 
 inline __m256i broadcast_words(const int8_t* piece) {
@@ -55,6 +54,11 @@ inline __m256i broadcast_words(const int8_t* piece) {
   __builtin_memcpy(&value, piece, sizeof value);
   return _mm256_set1_epi64x(value);
 }
+
+// Onto `sum`, in this order and no other: columns that are loaded early push sums out of the registers. And where they
+// are: the compiler would make sums elsewhere and move them back.
+inline void add_int32(__m256i& sum, __m256i x) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline void add_int16(__m256i& sum, __m256i x) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
 
 // Sixteen weights as words: four columns of four outputs.
 inline __m256i load_words(const uint8_t* weights) {
@@ -67,12 +71,12 @@ template <int kRows, int kHalves, bool kAsks>
 void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& stretch, int half, Ahead ahead,
                int32_t* all_sums) {
   constexpr int kQuarters = 2 * kHalves, kPieceBytes = 4 * kInt8ColumnBytes;
-  const auto at = [&](int r, int q) { return all_sums + ((first + r) * 4 + 2 * half + q) * kLanes; };
+  all_sums += (first * 4 + 2 * half) * kLanes;
   __m256i sums[kRows][kQuarters];
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIXTRAL_UNROLL
-    for (int q = 0; q < kQuarters; ++q) sums[r][q] = load(at(r, q));
+    for (int q = 0; q < kQuarters; ++q) sums[r][q] = load(all_sums + (4 * r + q) * kLanes);
   }
   const uint8_t* line = tile.quants + stretch.first_group * 512 + 32 * half;
   const int8_t* row = block.quants + kPieceBytes * (stretch.first_group * 8 * block.num_rows + first);
@@ -90,16 +94,14 @@ void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& s
       const __m256i columns = broadcast_words(row + kPieceBytes * r);
       MIXTRAL_UNROLL
       for (int q = 0; q < kQuarters; ++q) {
-        sums[r][q] = _mm256_add_epi32(sums[r][q], _mm256_madd_epi16(weights[q], columns));
-        // In this order and no other: columns that are loaded early push sums out of the registers.
-        asm volatile("" : "+x"(sums[r][q]));
+        add_int32(sums[r][q], _mm256_madd_epi16(weights[q], columns));
       }
     }
   }
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIXTRAL_UNROLL
-    for (int q = 0; q < kQuarters; ++q) store(at(r, q), sums[r][q]);
+    for (int q = 0; q < kQuarters; ++q) store(all_sums + (4 * r + q) * kLanes, sums[r][q]);
   }
 }
 
@@ -124,10 +126,8 @@ inline void int4_columns(__m256i low_half, __m256i high_half, const int8_t* row,
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) {
     const __m256i columns = broadcast(row + 4 * r);
-    sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(low_half, columns));
-    asm volatile("" : "+x"(sums[r][0]));  // as in int8_pass
-    sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(high_half, columns));
-    asm volatile("" : "+x"(sums[r][1]));
+    add_int16(sums[r][0], _mm256_maddubs_epi16(low_half, columns));
+    add_int16(sums[r][1], _mm256_maddubs_epi16(high_half, columns));
   }
 }
 
@@ -137,12 +137,14 @@ inline void int4_group(const uint8_t* group, const int8_t* row, int64_t step, co
                        __m256i (&sums)[kRows][2]) {
   const __m256i mask = _mm256_set1_epi8(15);
   MIXTRAL_UNROLL
-  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm256_set1_epi32(offsets[r]);
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = broadcast(offsets + r);
   for (int v = 0; v < 4; ++v, group += 64, row += 2 * step, ahead.quants += ahead.step) {
     if (kAsks) prefetch(ahead.quants);
-    int4_columns<kRows>(_mm256_and_si256(load(group), mask), _mm256_and_si256(load(group + 32), mask), row, sums);
-    const __m256i low = _mm256_srli_epi16(load(group), 4), high = _mm256_srli_epi16(load(group + 32), 4);
-    int4_columns<kRows>(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask), row + step, sums);
+    __m256i low = load(group), high = load(group + 32);
+    asm volatile("" : "+x"(low), "+x"(high));  // once
+    int4_columns<kRows>(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask), row, sums);
+    low = _mm256_and_si256(_mm256_srli_epi16(low, 4), mask), high = _mm256_and_si256(_mm256_srli_epi16(high, 4), mask);
+    int4_columns<kRows>(low, high, row + step, sums);
   }
 }
 
@@ -157,27 +159,32 @@ template <int kRows, bool kAsks>
 void int4_pass(const Block& block, int first, const Tile& tile, const Stretch& stretch, int, Ahead ahead,
                int32_t* all_sums) {
   const SectionScales section = SectionScales::of(tile.scales, stretch.first_group / kSectionGroups, block.num_groups);
-  const int8_t* multipliers = section.multipliers + stretch.first_group % kSectionGroups * kTileRows;
-  const int64_t step = 4 * block.num_rows;
-  ahead.quants += stretch.first_group * 4 * ahead.step;
-  ahead.scales += stretch.first_group / 4 * ahead.step;
-  for (int64_t g = stretch.first_group; g < stretch.first_group + stretch.num_groups; ++g, multipliers += kTileRows) {
+  const int64_t g0 = stretch.first_group, num_rows = block.num_rows, step = 4 * num_rows;
+  const int8_t* multipliers = section.multipliers + g0 % kSectionGroups * kTileRows;
+  const uint8_t* group = tile.quants + g0 * 256;
+  const int8_t* row = block.quants + g0 * 8 * step + 4 * first;
+  const int32_t* offsets = block.offsets + g0 * num_rows + first;
+  all_sums += first * 2 * kLanes;
+  ahead.quants += g0 * 4 * ahead.step;
+  ahead.scales += g0 / 4 * ahead.step;
+  for (int64_t g = 0; g < stretch.num_groups; ++g) {
     if (kAsks && g % 4 == 0) {
       prefetch(ahead.scales);
       ahead.scales += ahead.step;
     }
+    asm volatile("" : "+r"(row), "+r"(all_sums));  // or GCC would keep an address for every place, on the stack
     __m256i sums[kRows][2];
-    int4_group<kRows, kAsks>(tile.quants + g * 256, block.quants + g * 8 * step + 4 * first, step,
-                             block.offsets + g * block.num_rows + first, ahead, sums);
+    int4_group<kRows, kAsks>(group, row, step, offsets, ahead, sums);
     MIXTRAL_UNROLL
     for (int h = 0; h < 2; ++h) {
       const __m256i words = load_multipliers(multipliers + kLanes * h);
       MIXTRAL_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        int32_t* sum = all_sums + ((first + r) * 2 + h) * kLanes;
+        int32_t* sum = all_sums + (r * 2 + h) * kLanes;
         store(sum, _mm256_add_epi32(_mm256_madd_epi16(sums[r][h], words), load(sum)));
       }
     }
+    group += 256, row += 8 * step, offsets += num_rows, multipliers += kTileRows;
   }
 }
 
