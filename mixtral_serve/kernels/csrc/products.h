@@ -109,10 +109,10 @@ struct Ahead {
 // About what arrives while a thread waits for one line of memory.
 constexpr int64_t kNearBytes = 2048;
 
-inline Ahead ahead_of(const Tile& tile, const Visit& visit, int64_t num_lines) {
+inline Ahead ahead_of(const Tile& tile, const Visit& visit, int64_t num_lines, int64_t near_bytes = kNearBytes) {
   if (visit.count == 1) {
-    return {reinterpret_cast<const char*>(tile.quants) + kNearBytes,
-            static_cast<const char*>(tile.scales) + kNearBytes / 16, 64};
+    return {reinterpret_cast<const char*>(tile.quants) + near_bytes,
+            static_cast<const char*>(tile.scales) + near_bytes / 16, 64};
   }
   const int64_t count = visit.count < 64 ? visit.count : 64, step = 64 / count;
   const int64_t first = visit.index % count * num_lines * step;
