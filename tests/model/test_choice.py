@@ -56,7 +56,7 @@ def check(choose: Choose, logits: torch.Tensor, rows: Sequence[Asked]) -> None:
             drawn, rounding = draw_filtered(row.tolist(), params), 1e-12
         else:
             drawn, rounding = draw_by_rejection(row.tolist(), params.temperature, params.draw), 1e-5
-        assert token == drawn.token or drawn.margin < rounding, params
+        assert token == drawn.token or 0 < drawn.margin < rounding, params
         assert row[token] > -torch.inf
 
 
@@ -130,14 +130,35 @@ def test_every_token_of_all_is_drawn_as_often_as_it_weighs(choose: Choose) -> No
         (Asked(1.0, 900, 1.0, 0.0, 0.77), 1.0),  # more than are ranked by counting
         (Asked(0.5, 0, 0.6001, 0.0, 0.3), 0.0),  # all are equal, and more than there is room for
         (Asked(0.5, 2500, 0.6001, 0.0, 0.3), 0.0),
+        (Asked(0.5, 0, 0.5, 0.0, 0.5), 0.0),  # nothing here is rounded
+        (Asked(0.5, 0, 0.5, 0.0, 0.9999), 0.0),
         (Asked(0.5, 40, 1.0, 0.0, 0.99), 0.0),
-        (Asked(1.0, 0, 1.0, 0.4, 0.5), 0.0),
+        (Asked(1.0, 0, 1.0, 1.0, 0.5), 0.0),
     ],
 )
 def test_rows_that_the_likely_few_do_not_settle_are_settled_all_the_same(
     choose: Choose, params: Asked, scale: float
 ) -> None:
     check(choose, logits_of(3, 9000, seed=1, scale=scale), [params] * 3)
+
+
+@pytest.mark.parametrize("choose", WAYS)
+@pytest.mark.parametrize("top_k", [40, 300, 700, 2500])
+def test_of_equals_at_the_cut_the_lowest_ids_stay(choose: Choose, top_k: int) -> None:
+    logits = (logits_of(1, 9000, seed=4, scale=1.0) * 4).round() / 4
+    by_likelihood = logits[0].sort(descending=True, stable=True)
+    assert by_likelihood.values[top_k - 1] == by_likelihood.values[top_k], "the cut is among equals"
+    highest_draw = 1 - 2**-53  # draws the highest of the ids that stay
+    tokens = choose(logits, [Asked(1.0, top_k, 1.0, 0.0, highest_draw)], is_raw=False)
+    assert tokens == [int(by_likelihood.indices[:top_k].max())]
+
+
+@has_native
+def test_where_no_token_is_likely_enough_the_most_likely_one_stays() -> None:
+    logits = torch.zeros(1, 9000)
+    logits[0, :100] = -1.0
+    table = torch.tensor([[1.0, 0, 1.0, 1.5, 0.5]], dtype=torch.float64)
+    assert torch.ops.mixtral_serve.choose_tokens(logits, table, False).tolist() == [100]
 
 
 @pytest.mark.parametrize("choose", WAYS)

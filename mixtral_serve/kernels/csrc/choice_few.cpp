@@ -104,7 +104,6 @@ class Few {
   bool take(int64_t least) {
     // Every chunk whose largest number reaches the threshold has a number that does.
     Threshold threshold = threshold_of(row_.scratch.maxima, row_.num_chunks(), least);
-    is_all_ = false;
     if (threshold.is_lowest) {  // too few chunks have numbers: a mask left few tokens, or many are to be ranked
       threshold = threshold_of(row_.x, row_.width, least);
       is_all_ = threshold.is_lowest;
