@@ -113,7 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns 0 when it could be measured, whatever came out."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(min(options.threads, Machine.this().num_cpus))
-    settle_heap()  # as the engine does
     costs = {name: measure_outside_forward(options.running, options.steps, s) for name, s in SAMPLINGS.items()}
     try:
         streams = None if options.skip_streams else _streams(options)
@@ -128,4 +127,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     run_as_engine()
+    settle_heap()  # as the engine does when it has loaded
     sys.exit(main())
