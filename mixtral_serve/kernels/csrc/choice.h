@@ -18,7 +18,6 @@ namespace mixtral {
 constexpr int64_t kUnsettled = -1, kNotFinite = -2;
 constexpr int64_t kChunk = 64;  // numbers of which the largest is known; model/draws.py proposes tokens by as many
 constexpr int64_t kShareChunk = 256;  // numbers whose shares are added up together
-constexpr int64_t kMostFew = 1344;  // that are ranked one against the other
 constexpr int64_t kNumBuckets = 2048;
 
 inline int64_t chunks_of(int64_t width, int64_t length) { return (width + length - 1) / length; }

@@ -20,10 +20,11 @@
 namespace mixtral {
 namespace {
 
+constexpr int64_t kTooFew = -3;  // beside kUnsettled
 constexpr int64_t kFirstFew = 64, kLastFew = 1024, kWider = 4;
+constexpr int64_t kMostFew = 1344;  // that there is room for
 constexpr int64_t kMostCounted = 320;
 constexpr int64_t kPadding = 16;
-constexpr int64_t kTooFew = -3;
 // Twice what a total in fp32 may be off.
 constexpr double kTotalError = 2e-5;
 
