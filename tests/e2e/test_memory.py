@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from random import Random
@@ -30,6 +31,13 @@ pytestmark = [
 Server = Any
 NewServer = Callable[..., AbstractContextManager[Server]]
 NUM_WORDS = 1200
+
+
+@pytest.fixture(autouse=True)
+def _dropped_sockets_are_found_here() -> Iterator[None]:
+    """And not in a later test, to which the warning would be an error."""
+    yield
+    gc.collect()
 
 
 class Sampler:
