@@ -89,7 +89,7 @@ class _Cut:
 
     def add(self, first_row: int, part: ScheduledSlice) -> None:
         start, num_tokens, size = part.start, part.num_tokens, self._block_size
-        first_key = self._first_key(start) if self._window else 0
+        first_key = self._first_key(start)
         first_block = first_key // size
         table = len(self._tables) - first_block
         self._tables.extend(part.block_table[first_block : -(-(start + num_tokens) // size)])

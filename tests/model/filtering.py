@@ -7,31 +7,23 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from mixtral_serve.model.draws import Asked
-from tests.model.rejection import Drawn
 
 
-def draw_filtered(logits: Sequence[float], asked: Asked) -> Drawn:
+def draw_filtered(logits: Sequence[float], asked: Asked) -> int:
     """From what the filters of ``asked`` leave of ``logits``, of which some may be minus infinity, but not all."""
     peak = max(logits)
     weights = [math.exp((x - peak) / asked.temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     left = order[: asked.top_k or len(order)]
-    kept, margin = left, math.inf
+    kept = left
     if asked.top_p < 1:
-        total = math.fsum(weights[token] for token in left)
-        target = asked.top_p * total
+        target = asked.top_p * math.fsum(weights[token] for token in left)
         reached = list(accumulate(weights[token] for token in left))
         num = next((n for n, sum_of_n in enumerate(reached, 1) if sum_of_n >= target), len(left))
-        kept, margin = left[:num], _nearest(target, reached) / total
+        kept = left[:num]
     if asked.min_p > 0:
-        margin = min(margin, _nearest(asked.min_p, [weights[token] for token in kept[1:]]) / asked.min_p)
         kept = kept[:1] + [token for token in kept[1:] if weights[token] >= asked.min_p]
     kept.sort()
     reached = list(accumulate(weights[token] for token in kept))
     target = asked.draw * reached[-1]
-    token = next(token for token, sum_up_to_it in zip(kept, reached, strict=True) if sum_up_to_it > target)
-    return Drawn(token, min(margin, _nearest(target, reached[:-1]) / reached[-1]))
-
-
-def _nearest(target: float, sums: Sequence[float]) -> float:
-    return min((abs(x - target) for x in sums), default=math.inf)
+    return next(token for token, sum_up_to_it in zip(kept, reached, strict=True) if sum_up_to_it > target)
