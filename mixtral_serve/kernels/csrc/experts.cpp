@@ -78,11 +78,12 @@ class Experts {
     const int64_t slots = call_.num_rows * call_.k;
     parallel(call_.num_threads, [&](Team& team) {
       team.for_all(0, slots, 1, [&](int64_t slot, int64_t) {
-        quantize(call_.hidden + routing_.row_of_slot[slot] * call_.num_cols, call_.num_cols, rows_, slot);
+        quantize(rows_, slot, call_.num_cols,
+                 [&](int64_t i) { return call_.hidden + routing_.row_of_slot[i] * call_.num_cols; });
       });
       team.for_all(1, up_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { gate_and_up(up_tasks, index); });
       team.for_all(2, slots, 1, [&](int64_t slot, int64_t) {
-        quantize(inner_ + slot * inner_cols_, inner_cols_, inner_rows_, slot);
+        quantize(inner_rows_, slot, inner_cols_, [&](int64_t i) { return inner_ + i * inner_cols_; });
       });
       team.for_all(3, down_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { down(down_tasks, index); });
       team.for_each(4, call_.num_rows, 1, [&](int64_t row, int64_t) { add_up(row); });
@@ -90,9 +91,11 @@ class Experts {
   }
 
  private:
-  void quantize(const float* x, int64_t num_cols, const PackedRows& rows, int64_t slot) const {
+  template <typename XOf>
+  void quantize(const PackedRows& rows, int64_t slot, int64_t num_cols, const XOf& x_of) const {
     const Segment& segment = routing_.segments[routing_.expert_of_slot[slot]];
-    kernels_.quantize_row(kind_, x, num_cols, rows.num_groups, rows.place(segment, slot - segment.first_row));
+    const auto x_of_segment = [&](int64_t row) { return x_of(segment.first_row + row); };
+    rows.quantize(kernels_, segment, slot - segment.first_row, num_cols, x_of_segment);
   }
 
   void gate_and_up(const ExpertTasks& tasks, int64_t index) const {

@@ -27,7 +27,7 @@ void multiply_rows(const LinearRows& call, const Factor* factors, int num_factor
   }
   parallel(call.num_threads, [&](Team& team) {
     team.for_all(0, call.num_rows, 1, [&](int64_t row, int64_t) {
-      kernels.quantize_row(kind, call.x + row * call.num_cols, call.num_cols, num_groups, rows.place(segment, row));
+      rows.quantize(kernels, segment, row, call.num_cols, [&](int64_t i) { return call.x + i * call.num_cols; });
     });
     team.for_each(1, ends[num_factors - 1], 1, [&](int64_t index, int64_t) {
       int i = 0;

@@ -54,18 +54,17 @@ struct SectionScales {
 };
 
 // Rows multiplied at a time. Narrow blocks: with 12, a tile's sums (int4: of the group and of the section) fill 24 of
-// the 32 registers of AVX-512; more would not help int8 either, which reaches the peak with 8. Wide blocks are for
-// instructions that multiply whole tiles of rows.
+// the 32 registers of AVX-512; more would not help int8 either, which reaches the peak with 8. Wide blocks have more
+// rows, and are laid out as an instruction set wants many rows.
 constexpr int kNarrowBlockRows = 12;
-constexpr int kWideBlockRows = 32;
 // Rows that meet a tile before the next is read, at most: their results have room on the stack.
 constexpr int kMaxRunRows = 256;
 constexpr int kMaxRunBlocks = kMaxRunRows / kNarrowBlockRows;
 
 // Quantised rows, interleaved so that what one instruction reads lies together.
 struct Block {
-  const int8_t* quants;    // narrow: [columns / 4][num_rows][4], of column_bytes(kind) bytes each
-                           // wide: [columns / 64][num_rows][64], padded with zeros
+  const int8_t* quants;    // narrow: [columns / 4][num_rows][4], bytes or (int8 of AVX2) words
+                           // wide, AMX: [columns / 64][num_rows][64], padded with zeros; AVX2: PairLayout
   const int32_t* offsets;  // what sums start at: int8 [num_rows], int4 [groups][num_rows] (not in wide blocks)
   const float* scales;     // [num_rows]
   int num_rows;
@@ -126,12 +125,17 @@ using Multiply = void (*)(const Block* blocks, int num_blocks, const Tile* tiles
                           int64_t stride);
 
 struct Kernels {
-  // Of int8 rows, and of what `multiply_int8` multiplies them with: 1, or 2 where only wider products are exact.
+  // Room for a column of an int8 row.
   int64_t int8_column_bytes;
-  // More rows than this that meet one matrix are cut into wide blocks; by kind.
+  // More rows than this that meet one matrix are cut into wide blocks, of so many rows at most; by kind.
   int64_t most_narrow_rows[2];
+  int64_t wide_block_rows;
   // Quantises x [num_cols], padded with zeros to num_groups * 32 (in wide blocks: to a multiple of 64).
   void (*quantize_row)(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place);
+  // Where wide blocks of int8 hold pairs of rows, and null elsewhere: quantises the row of `place` and the next. In a
+  // block with an odd number of rows the last `lower` is null.
+  void (*quantize_int8_pair)(const float* upper, const float* lower, int64_t num_cols, int64_t num_groups,
+                             const RowPlace& place);
   Multiply multiply_int8;
   Multiply multiply_int4;
   // out[row * stride + o] = silu(both[row][o]) * both[row][16 + o], o < 16.
@@ -142,7 +146,7 @@ struct Kernels {
   int64_t column_bytes(Kind kind) const { return kind == Kind::int8 ? int8_column_bytes : 1; }
   Multiply multiply(Kind kind) const { return kind == Kind::int4 ? multiply_int4 : multiply_int8; }
   int64_t block_rows(Kind kind, int64_t num_rows) const {
-    return num_rows > most_narrow_rows[static_cast<int>(kind)] ? kWideBlockRows : kNarrowBlockRows;
+    return num_rows > most_narrow_rows[static_cast<int>(kind)] ? wide_block_rows : kNarrowBlockRows;
   }
 };
 

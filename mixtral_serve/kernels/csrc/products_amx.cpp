@@ -34,6 +34,7 @@ static_assert(kSectionGroups % (2 * kStretchSteps) == 0, "a section is whole str
 constexpr int64_t kMostNarrowInt8Rows = 1, kMostNarrowInt4Rows = 12;
 static_assert(kMostNarrowInt4Rows <= kNarrowBlockRows, "whoever is left to AVX-512 is one block");
 
+constexpr int kWideBlockRows = 32;
 constexpr int kMaxWideBlocks = kMaxRunRows / kWideBlockRows;
 
 // Tile registers: sums of (rows, weights), both 0 or 1; rows; weights.
@@ -318,7 +319,9 @@ void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_group
 const Kernels& amx_kernels() {
   static const Kernels kernels = {1,
                                   {kMostNarrowInt8Rows, kMostNarrowInt4Rows},
+                                  kWideBlockRows,
                                   quantize_row,
+                                  nullptr,
                                   multiply_int8,
                                   multiply_int4,
                                   avx512_kernels().gate,

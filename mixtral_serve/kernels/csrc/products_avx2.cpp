@@ -1,7 +1,7 @@
-// products.h for AVX2: eight outputs in the lanes, so a tile is two halves.
+// products.h for AVX2: eight outputs in the lanes, so a tile is two halves. Wide blocks are in products_avx2_wide.cpp.
 //
-// Sixteen registers hold the sums of a few rows only, so a block meets a tile in several passes: a stretch of columns at
-// a time, which stays in the first-level cache for all of them. Between stretches the sums lie in memory.
+// Sixteen registers hold the sums of a few rows only, so a block meets a tile in several passes: a stretch of columns
+// at a time, which stays in the first-level cache for all of them. Between stretches the sums lie in memory.
 //
 // The byte product of AVX2 adds two products in 16 bits and saturates. int4: 0..15 times -127..127 leaves room for the
 // eight pairs of a group, and the product of 16 bits that widens them multiplies by the group's multiplier as well; each
@@ -11,7 +11,8 @@
 // widening), without the signs.
 //
 // Rejected for int8: the signs (they compete with the products for the same units: a sixth slower on Zen 4). Rejected:
-// whole rows instead of stretches (256 rows of int4, through the second-level cache, took 1.4 to 1.7 times as long on Zen 3).
+// whole rows instead of stretches (256 rows of int4, through the second-level cache, took 1.4 to 1.7 times as long on
+// Zen 3).
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -24,48 +25,66 @@
 #include "avx2_target.h"
 
 #include "math_avx2.h"
+#include "products_avx2.h"
 #include "rows_avx2.h"
 
 namespace mixtral {
 namespace {
 
-// Up to so many blocks that meet a tile ask for the next one meanwhile. With more, the hardware's own prefetching is in
-// time, and asking costs more than it gives.
-constexpr int kMostAskingBlocks = 4;
+// More are faster as pairs, by a tenth from 30 rows on.
+constexpr int64_t kMostNarrowInt8Rows = 24;
 
-// Instead of kNearBytes. On Zen 3 512 and 2048 make a row of int8 take 3 to 5 % longer, or one of int4 5 %.
-constexpr int64_t kAvx2NearBytes = 1536;
+// Writes eight columns as two pieces, of bytes (int4) or of words.
+inline void write_8(Kind kind, __m256i columns, int8_t* out, int64_t distance) {
+  const __m256i words = _mm256_packs_epi32(columns, columns);
+  if (kind == Kind::int8) {
+    _mm_storeu_si64(out, _mm256_castsi256_si128(words));
+    _mm_storeu_si64(out + distance, _mm256_extracti128_si256(words, 1));
+    return;
+  }
+  const __m256i bytes = _mm256_packs_epi16(words, words);
+  _mm_storeu_si32(out, _mm256_castsi256_si128(bytes));
+  _mm_storeu_si32(out + distance, _mm256_extracti128_si256(bytes, 1));
+}
+
+// What the two words of a group's sums start at: columns 0 and 1 of every four go into the low one, 2 and 3 into the
+// high one. `sum` holds the sums of columns 0..7, modulo 8.
+inline int32_t int4_offsets(__m256i sum) {
+  const __m128i fours = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  const __m128i pairs = _mm_hadd_epi32(fours, fours);
+  const int32_t low = -8 * _mm_cvtsi128_si32(pairs), high = -8 * _mm_extract_epi32(pairs, 1);
+  return static_cast<int32_t>(static_cast<uint32_t>(low & 0xffff) | (static_cast<uint32_t>(high) << 16));
+}
+
+void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
+  const RowScale scale = RowScale::of(x, num_cols);
+  *place.scale = scale.scale;
+  const int64_t piece_bytes = kind == Kind::int8 ? kInt8PieceBytes : 4, distance = piece_bytes * place.num_block_rows;
+  int8_t* first_piece = place.quants + piece_bytes * place.row;
+  __m256i row_sum = _mm256_setzero_si256();
+  for (int64_t g = 0; g < num_groups; ++g) {
+    __m256i sum = _mm256_setzero_si256();
+    MIXTRAL_UNROLL
+    for (int i = 0; i < kGroupCols / kLanes; ++i) {
+      const int64_t first = g * kGroupCols + i * kLanes;
+      const __m256i columns = scale.quantized(x + first, num_cols - first);
+      write_8(kind, columns, first_piece + (g * 8 + 2 * i) * distance, distance);
+      sum = _mm256_add_epi32(sum, columns);
+    }
+    if (kind == Kind::int4) place.offsets[g * place.num_block_rows + place.row] = int4_offsets(sum);
+    row_sum = _mm256_add_epi32(row_sum, sum);
+  }
+  if (kind == Kind::int8) place.offsets[place.row] = -128 * sum_of(row_sum);
+}
 
 // Groups of columns that all passes of a block meet before the next; in int4, of one section.
 struct Stretch {
   int64_t first_group, num_groups;
 };
 
-inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
-
-inline __m256i load(const void* address) { return _mm256_loadu_si256(static_cast<const __m256i*>(address)); }
-
-inline void store(int32_t* address, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(address), x); }
-
 // Four bytes. In the domain of floats since GCC would take integers through a register and the stack.
 inline __m256i broadcast(const void* piece) {
   return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float*>(piece)));
-}
-
-inline __m256i broadcast_words(const int8_t* piece) {
-  int64_t value;
-  __builtin_memcpy(&value, piece, sizeof value);
-  return _mm256_set1_epi64x(value);
-}
-
-// Onto `sum`, in this order and no other: columns that are loaded early push sums out of the registers. And where they
-// are: the compiler would make sums elsewhere and move them back.
-inline void add_int32(__m256i& sum, __m256i x) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
-inline void add_int16(__m256i& sum, __m256i x) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
-
-// Sixteen weights as words: four columns of four outputs.
-inline __m256i load_words(const uint8_t* weights) {
-  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)));
 }
 
 // Adds a stretch of columns to the sums of rows first..first + kRows - 1 of the block with kHalves halves of a tile,
@@ -73,7 +92,7 @@ inline __m256i load_words(const uint8_t* weights) {
 template <int kRows, int kHalves, bool kAsks>
 void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& stretch, int half, Ahead ahead,
                int32_t* all_sums) {
-  constexpr int kQuarters = 2 * kHalves, kPieceBytes = 4 * kInt8ColumnBytes;
+  constexpr int kQuarters = 2 * kHalves;
   all_sums += (first * 4 + 2 * half) * kLanes;
   __m256i sums[kRows][kQuarters];
   MIXTRAL_UNROLL
@@ -82,9 +101,9 @@ void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& s
     for (int q = 0; q < kQuarters; ++q) sums[r][q] = load(all_sums + (4 * r + q) * kLanes);
   }
   const uint8_t* line = tile.quants + stretch.first_group * 512 + 32 * half;
-  const int8_t* row = block.quants + kPieceBytes * (stretch.first_group * 8 * block.num_rows + first);
+  const int8_t* row = block.quants + kInt8PieceBytes * (stretch.first_group * 8 * block.num_rows + first);
   const uint8_t* const end = line + stretch.num_groups * 512;
-  const int64_t row_step = kPieceBytes * block.num_rows;
+  const int64_t row_step = kInt8PieceBytes * block.num_rows;
   ahead.quants += stretch.first_group * 8 * ahead.step;
 #pragma GCC unroll 2
   for (; line != end; line += 64, row += row_step, ahead.quants += ahead.step) {
@@ -94,7 +113,7 @@ void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& s
     for (int q = 0; q < kQuarters; ++q) weights[q] = load_words(line + 16 * q);
     MIXTRAL_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const __m256i columns = broadcast_words(row + kPieceBytes * r);
+      const __m256i columns = broadcast_words(row + kInt8PieceBytes * r);
       MIXTRAL_UNROLL
       for (int q = 0; q < kQuarters; ++q) {
         add_int32(sums[r][q], _mm256_madd_epi16(weights[q], columns));
@@ -114,11 +133,8 @@ void int8_finish(const Block& block, const Tile& tile, const Stretch&, int32_t* 
     const __m256 scales = _mm256_loadu_ps(static_cast<const float*>(tile.scales) + kLanes * h);
     for (int r = 0; r < block.num_rows; ++r) {
       const int32_t* mine = sums + (r * 4 + 2 * h) * kLanes;
-      const __m256i pairs = _mm256_hadd_epi32(load(mine), load(mine + kLanes));
-      const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xd8);
-      const __m256i sum = _mm256_add_epi32(ordered, _mm256_set1_epi32(block.offsets[r]));
-      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales);
-      _mm256_storeu_ps(out + r * stride + kLanes * h, _mm256_mul_ps(scaled, _mm256_set1_ps(block.scales[r])));
+      int8_results(load(mine), load(mine + kLanes), block.offsets[r], scales, block.scales[r],
+                   out + r * stride + kLanes * h);
     }
   }
 }
@@ -296,6 +312,11 @@ void multiply(const Block* blocks, int num_blocks, const Tile* tiles, int num_ti
   }
 }
 
+void multiply_int8(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
+  const Multiply of_blocks = blocks[0].is_wide ? multiply_int8_wide_avx2 : multiply<Int8>;
+  of_blocks(blocks, num_blocks, tiles, num_tiles, out, stride);
+}
+
 void gate(const float* both, int num_rows, float* out, int64_t stride) {
   for (int r = 0; r < num_rows; ++r) {
     const float* row = both + r * 2 * kTileRows;
@@ -325,8 +346,9 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = {kInt8ColumnBytes, {kAllNarrow, kAllNarrow}, quantize_row, multiply<Int8>,
-                                      multiply<Int4>,   gate,                     combine};
+  static constexpr Kernels kernels = {
+      kInt8ColumnRoom, {kMostNarrowInt8Rows, kAllNarrow}, kAvx2WideRows,  quantize_row, quantize_int8_pair_avx2,
+      multiply_int8,   multiply<Int4>,                    gate,           combine};
   return kernels;
 }
 

@@ -57,7 +57,7 @@ struct PackedRows {
 
   // Enough with every instruction set.
   static int64_t num_bytes(Kind kind, int64_t num_rows, int64_t num_groups) {
-    const int64_t most_column_bytes = kind == Kind::int8 ? 2 : 1;
+    const int64_t most_column_bytes = kind == Kind::int8 ? 4 : 1;
     return num_rows * ((num_groups + 1) / 2 * 64 * most_column_bytes + num_groups * 4 + 4) + 3 * 64;
   }
 
@@ -72,6 +72,19 @@ struct PackedRows {
     const int64_t first = segment.first_row + start, within = row_of_segment - start;
     return {quants + first * row_bytes(), offsets + first * num_offsets(), scales + first + within, within,
             segment.block_start(index + 1) - start, segment.is_wide()};
+  }
+
+  // Quantises row `row` of a segment; one that is the second of a pair came with the first. Rows of the segment are at
+  // `x_of(row)`.
+  template <typename XOf>
+  void quantize(const Kernels& kernels, const Segment& segment, int64_t row, int64_t num_cols, const XOf& x_of) const {
+    const RowPlace at = place(segment, row);
+    if (kind != Kind::int8 || !segment.is_wide() || kernels.quantize_int8_pair == nullptr) {
+      kernels.quantize_row(kind, x_of(row), num_cols, num_groups, at);
+    } else if (at.row % 2 == 0) {
+      const float* lower = at.row + 1 < at.num_block_rows ? x_of(row + 1) : nullptr;
+      kernels.quantize_int8_pair(x_of(row), lower, num_cols, num_groups, at);
+    }
   }
 };
 

@@ -2,8 +2,8 @@
 //
 // A task is a run of tiles times a part of the segment's blocks: a few hundred rows. Within a task every two tiles meet
 // all blocks before the next two are read, so weights come from memory once per part and stay in the second-level cache
-// meanwhile; the packed rows of a part stream from the cache behind it. Tasks that differ in the part only are neighbours: threads
-// that read the same weights do so at the same time.
+// meanwhile; the packed rows of a part stream from the cache behind it. Tasks that differ in the part only are
+// neighbours: threads that read the same weights do so at the same time.
 #pragma once
 
 #include <algorithm>
@@ -55,8 +55,9 @@ class TaskGrid {
   TaskGrid(const Segment& segment, int64_t num_units, int64_t row_bytes, int num_threads)
       : num_units_(num_units), num_blocks_(segment.num_blocks()) {
     const int64_t part_rows = std::min<int64_t>(kPartBytes / row_bytes, kMaxRunRows);
-    blocks_per_part_ = std::max<int64_t>(1, part_rows / segment.max_block_rows);
-    num_parts_ = (num_blocks_ + blocks_per_part_ - 1) / blocks_per_part_;
+    const int64_t most_blocks = std::max<int64_t>(1, part_rows / segment.max_block_rows);
+    num_parts_ = (num_blocks_ + most_blocks - 1) / most_blocks;
+    blocks_per_part_ = (num_blocks_ + num_parts_ - 1) / num_parts_;
     // Runs of neighbouring tiles read long stretches; many tasks per thread end at nearly the same time.
     units_per_run_ = std::clamp<int64_t>(num_units / (num_threads * 16), 1, 8);
     num_runs_ = (num_units + units_per_run_ - 1) / units_per_run_;
