@@ -373,6 +373,16 @@ def test_requests_that_were_not_answered_when_the_time_was_over_are_counted() ->
     assert 0 < found.num_cut == found.measured.num_requests - found.measured.num_complete
 
 
+def test_a_load_ends_when_enough_requests_came() -> None:
+    """What is predicted of them is found after the load, and must not take long."""
+    engine = Loaded(simulated(lambda _: 0.01), 1000.0)
+    load = Load(SHAPES["fresh"], vocab_size=VOCAB, seed=1)
+    found = confirm(engine, simulated(lambda _: 0.01), load, kind="fresh", rate_per_s=20.0, left_s=lambda: engine.left_s)
+    assert isinstance(found, Confirmation)
+    assert found.duration_s == 20.0
+    assert 300 < found.predicted.num_requests < 500
+
+
 def test_a_load_that_there_is_no_time_for_is_not_begun() -> None:
     engine = Loaded(simulated(a_second), 3.0)
     load = Load(SHAPES["fresh"], vocab_size=VOCAB, seed=1)
