@@ -174,7 +174,7 @@ def test_row19_heads_that_trickle_and_idle_connections_are_closed_while_others_a
     api: Any, run: Any, loopback: Any
 ) -> None:
     async def scenario() -> None:
-        async with loopback(api.app, client_turn_s=0.5) as port:
+        async with loopback(api.app, client_turn_s=2.0) as port:
             slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
             for index, (_, writer) in enumerate(slow):
                 writer.write(HEAD.encode()[: index % 40])
