@@ -60,7 +60,7 @@ struct Stretch {
 };
 
 // Where the left factors of a wide block lie: [stretch][product][pass][step][pair of the pass][four words]. A row that
-// is missing from the last pair is zeros.
+// is missing from the last pair is like the other.
 struct PairLayout {
   int64_t num_pairs;
 
@@ -263,8 +263,8 @@ void quantize_int8_pair_avx2(const float* upper, const float* lower, int64_t num
   const int64_t pair = place.row / 2, first_pair = pair / kPassPairs * kPassPairs;
   const int64_t pass_pairs = layout.pass_pairs(first_pair), num_steps = num_groups * kGroupSteps;
   const RowScale upper_scale = RowScale::of(upper, num_cols);
-  const RowScale lower_scale = lower != nullptr ? RowScale::of(lower, num_cols) : RowScale{};
-  const float* lower_x = lower != nullptr ? lower : upper;  // of which nothing is read
+  const float* lower_x = lower != nullptr ? lower : upper;  // results of a row that is missing are not written
+  const RowScale lower_scale = RowScale::of(lower_x, num_cols);
   auto* to = reinterpret_cast<int16_t*>(place.quants);
   __m256i upper_sum = _mm256_setzero_si256(), lower_sum = _mm256_setzero_si256();
   for (int64_t step = 0; step < num_steps; ++step) {
