@@ -377,7 +377,9 @@ def test_a_load_ends_when_enough_requests_came() -> None:
     """What is predicted of them is found after the load, and must not take long."""
     engine = Loaded(simulated(lambda _: 0.01), 1000.0)
     load = Load(SHAPES["fresh"], vocab_size=VOCAB, seed=1)
-    found = confirm(engine, simulated(lambda _: 0.01), load, kind="fresh", rate_per_s=20.0, left_s=lambda: engine.left_s)
+    found = confirm(
+        engine, simulated(lambda _: 0.01), load, kind="fresh", rate_per_s=20.0, left_s=lambda: engine.left_s
+    )
     assert isinstance(found, Confirmation)
     assert found.duration_s == 20.0
     assert 300 < found.predicted.num_requests < 500
