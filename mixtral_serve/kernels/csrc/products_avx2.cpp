@@ -33,6 +33,7 @@ namespace {
 
 // More are faster as pairs, by a tenth from 30 rows on.
 constexpr int64_t kMostNarrowInt8Rows = 24;
+static_assert(7 * (kMostNarrowInt8Rows + 2) <= 8 * (kMostNarrowInt8Rows + 1), "pairs of an odd number of rows fit");
 
 // Writes eight columns as two pieces, of bytes (int4) or of words.
 inline void write_8(Kind kind, __m256i columns, int8_t* out, int64_t distance) {
