@@ -21,8 +21,8 @@
 // the peak by words alone. Two of four vectors of weights are multiplied from memory, which saves instructions: they
 // are what counts when somebody else uses the core's other thread.
 //
-// Rejected: pairs of columns by Winograd's inner product, half as many multiplications for twice as many additions (as
-// fast on a core of its own, slower than words alone beside another thread); six pairs of rows with one tile (more
+// Rejected: pairs of columns by Winograd's inner product, half as many multiplications for twice as many additions (nearly
+// as fast on a core of its own, slower than words alone beside another thread); six pairs of rows with one tile (more
 // loads); stretches of 32 steps (5 % slower); loops unrolled twice (slower beside another thread).
 #include <algorithm>
 #include <cstdint>
