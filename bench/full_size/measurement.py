@@ -33,8 +33,8 @@ SIMULATED_REQUESTS: Final = 400
 """For one rate on the measured machine; p95 is then the 20th from the end."""
 EXTRAPOLATED_REQUESTS: Final = 200
 """The same on another machine, where other uncertainties are larger."""
-_LIGHT_LOAD: Final = 0.5
-"""Requests in one request's own time: what is loaded where no rate that keeps the limit can be."""
+_LIGHT_LOAD: Final = 1.0
+"""Requests in one request's own time, so that about one runs: the load where no rate that keeps the limit can be."""
 _LEAST_REQUESTS: Final = 10
 """A rate is only confirmed if about so many requests arrive while there is time."""
 

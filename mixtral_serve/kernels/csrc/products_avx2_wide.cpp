@@ -12,18 +12,18 @@
 //   C11 = P1 + P2            C12 = P1 + P6 + P5 + P3
 //   C21 = P1 + P6 + P7 - P4  C22 = P1 + P6 + P7 + P5
 //
-// Left factors are made when a pair is quantised; right ones when a stretch of a tile is unpacked, once for all rows; the
-// C once per tile, since every P is summed over all columns on its own. Factors are words of at most 510, products are
-// exact in 32 bits, and sums exact modulo 2^32, which holds the result: it has the bits of any other order.
+// Left factors are made when a pair is quantised; right ones when a stretch of a tile is unpacked, once for all rows;
+// the C once per tile, since every P is summed over all columns on its own. Factors are words of at most 510, products
+// are exact in 32 bits, and sums exact modulo 2^32, which holds the result: it has the bits of any other order.
 //
 // Why: AVX2 cannot multiply bytes of full size and add in 32 bits. A product of words costs a multiplication and an
 // addition, and half of the units that add are the ones that multiply; from the first-level cache Zen 3 reaches 80 % of
 // the peak by words alone. Two of four vectors of weights are multiplied from memory, which saves instructions: they
 // are what counts when somebody else uses the core's other thread.
 //
-// Rejected: pairs of columns by Winograd's inner product, half as many multiplications for twice as many additions (nearly
-// as fast on a core of its own, slower than words alone beside another thread); six pairs of rows with one tile (more
-// loads); stretches of 32 steps (5 % slower); loops unrolled twice (slower beside another thread).
+// Rejected: pairs of columns by Winograd's inner product, half as many multiplications for twice as many additions
+// (nearly as fast on a core of its own, slower than words alone beside another thread); six pairs of rows with one
+// tile (more loads); stretches of 32 steps (5 % slower); loops unrolled twice (slower beside another thread).
 #include <algorithm>
 #include <cstdint>
 
