@@ -25,6 +25,7 @@ from typing import Final
 
 from bench.completions import CompletionsClient, Outcome, first_model
 from bench.http_client import ExchangeError, Target
+from bench.options import integer, number
 from bench.plot import draw
 from bench.report import LoadReport, summarise
 from bench.workload import SHAPES, PromptMaker, Shape, poisson_arrivals
@@ -100,8 +101,8 @@ async def run(options: argparse.Namespace) -> tuple[LoadReport, list[Outcome]]:
         target, model=model, api_key=options.api_key, extra=options.extra_body, timeout_s=options.timeout
     )
     prompts = PromptMaker(shape, token_ids=options.token_ids, seed=options.seed)
-    for number in range(1, options.warmup + 1):
-        outcome = await client.complete(prompts.prompt(-number), shape.output_tokens)
+    for index in range(1, options.warmup + 1):
+        outcome = await client.complete(prompts.prompt(-index), shape.output_tokens)
         if outcome.error is not None:
             raise LoadError(f"the warm-up request failed: {outcome.error}: {outcome.detail[:300]}")
 
@@ -158,13 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--base-url", default="http://127.0.0.1:11400", help="the server (default: %(default)s)")
     load = parser.add_mutually_exclusive_group(required=True)
-    load.add_argument("--rate", type=_number(0.001, MAX_RATE_PER_S), help="open loop: mean arrivals per second")
-    load.add_argument("--concurrency", type=_integer(1, MAX_CONCURRENCY), help="closed loop: clients at once")
+    load.add_argument("--rate", type=number(0.001, MAX_RATE_PER_S), help="open loop: mean arrivals per second")
+    load.add_argument("--concurrency", type=integer(1, MAX_CONCURRENCY), help="closed loop: clients at once")
     parser.add_argument(
-        "--duration", type=_number(0.1, MAX_DURATION_S), default=60.0, help="seconds of arrivals (default: 60)"
+        "--duration", type=number(0.1, MAX_DURATION_S), default=60.0, help="seconds of arrivals (default: 60)"
     )
     parser.add_argument(
-        "--requests", type=_integer(1, MAX_REQUESTS), default=MAX_REQUESTS, help="most requests (default: %(default)s)"
+        "--requests", type=integer(1, MAX_REQUESTS), default=MAX_REQUESTS, help="most requests (default: %(default)s)"
     )
     sizes = parser.add_argument_group("size of a request")
     sizes.add_argument(
@@ -174,9 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         help="standard: 512 prompt tokens of which 480 are a cached prefix, 32 output tokens; "
         "fresh: 64 uncached prompt tokens, 32 output tokens (default: standard)",
     )
-    sizes.add_argument("--prompt-tokens", type=_integer(1, 1 << 20), help="instead of the shape's")
-    sizes.add_argument("--shared-prefix-tokens", type=_integer(0, 1 << 20), help="instead of the shape's")
-    sizes.add_argument("--output-tokens", type=_integer(1, 1 << 20), help="instead of the shape's")
+    sizes.add_argument("--prompt-tokens", type=integer(1, 1 << 20), help="instead of the shape's")
+    sizes.add_argument("--shared-prefix-tokens", type=integer(0, 1 << 20), help="instead of the shape's")
+    sizes.add_argument("--output-tokens", type=integer(1, 1 << 20), help="instead of the shape's")
     sizes.add_argument(
         "--token-ids",
         type=_id_range,
@@ -192,42 +193,20 @@ def _parser() -> argparse.ArgumentParser:
         "--extra-body", type=json.loads, default={}, metavar="JSON", help="further fields of each request"
     )
     server.add_argument("--allow-remote", action="store_true", help="aim at another machine than this one")
-    server.add_argument(
-        "--timeout", type=_number(0.1, MAX_DURATION_S), default=120.0, help="per request (default: 120)"
-    )
+    server.add_argument("--timeout", type=number(0.1, MAX_DURATION_S), default=120.0, help="per request (default: 120)")
     server.add_argument(
         "--max-in-flight",
-        type=_integer(1, MAX_CONCURRENCY),
+        type=integer(1, MAX_CONCURRENCY),
         default=1024,
         help="open loop: more unanswered requests are not sent and count as errors (default: %(default)s)",
     )
     server.add_argument(
-        "--warmup", type=_integer(0, 1000), default=3, help="requests before measuring; they prime the prefix cache"
+        "--warmup", type=integer(0, 1000), default=3, help="requests before measuring; they prime the prefix cache"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     output.add_argument("--plot", type=Path, metavar="FILE", help="write the picture here (default: beside the JSON)")
     return parser
-
-
-def _number(least: float, most: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = float(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
-        return value
-
-    return number
-
-
-def _integer(least: int, most: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return value
-
-    return integer
 
 
 def _id_range(text: str) -> range:

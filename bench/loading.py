@@ -22,6 +22,7 @@ from typing import Final
 import torch
 
 from bench.measure import Machine
+from bench.options import count, number
 from mixtral_serve.kernels.pages import untouched
 from mixtral_serve.kernels.registry import KernelsUnavailableError, choose
 from mixtral_serve.model.checkpoint import Checkpoint, open_checkpoint
@@ -97,27 +98,17 @@ def table(found: Sequence[Round]) -> str:
     return "\n".join(lines)
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 600:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 600")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.loading", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", metavar="DIR", type=Path, help="a packed checkpoint")
-    parser.add_argument("--threads", type=_count, default=2, help="files read at once (default: %(default)s)")
-    parser.add_argument("--rounds", type=_count, default=3, help="of both (default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=2, help="files read at once (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="of both (default: %(default)s)")
     parser.add_argument(
-        "--pause", metavar="SECONDS", type=_seconds, default=0.0, help="before each of both (default: %(default)s)"
+        "--pause",
+        metavar="SECONDS",
+        type=number(0, 600),
+        default=0.0,
+        help="before each of both (default: %(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     return parser

@@ -24,6 +24,7 @@ from bench.full_size.extrapolation import Target
 from bench.full_size.figures import figures
 from bench.full_size.measurement import measure
 from bench.full_size.report import table
+from bench.options import count, number
 from mixtral_serve.compose.known_models import KNOWN_MODELS
 from mixtral_serve.engine.errors import EXIT_CONFIG
 from mixtral_serve.kernels.names import KernelChoice
@@ -80,18 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.full_size", description=(__doc__ or "").partition("\n\n")[0])
     default = Settings()
     parser.add_argument("--model", choices=KNOWN_MODELS, default="mixtral-8x7b", help="default: %(default)s")
-    parser.add_argument("--layers", type=_count, metavar="N", help="fewer layers than the model's (default: all)")
+    parser.add_argument("--layers", type=count, metavar="N", help="fewer layers than the model's (default: all)")
     parser.add_argument("--weights", choices=("int4", "int8"), default="int4", help="default: %(default)s")
     parser.add_argument("--kernels", choices=get_args(KernelChoice), default="auto", help="default: %(default)s")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp32", "bf16", "int8"), default="auto")
-    parser.add_argument("--threads", type=_count, default=default.threads, help="clipped to what there is (default: 8)")
-    parser.add_argument("--seconds", type=_seconds, default=480.0, help="for everything (default: 480, least: 30)")
+    parser.add_argument("--threads", type=count, default=default.threads, help="clipped to what there is (default: 8)")
+    parser.add_argument("--seconds", type=number(30, 86_400), default=480.0, help="for all (default: 480, least: 30)")
     parser.add_argument(
-        "--memory-cap-bytes", type=_count, default=default.memory_cap_bytes, help="as the server's (default: 90 GB)"
+        "--memory-cap-bytes", type=count, default=default.memory_cap_bytes, help="as the server's (default: 90 GB)"
     )
     parser.add_argument(
         "--kv-cache-memory-bytes",
-        type=_count,
+        type=count,
         default=0,
         help="most memory for the KV cache (default: what the cap leaves; with fewer layers, what the grid needs)",
     )
@@ -105,20 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1, help="of arrivals and prompts (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 30 <= value <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 30 and 86400")
-    return value
 
 
 def _target(text: str) -> Target:
