@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import TypeVar
+
+_Number = TypeVar("_Number", int, float)
 
 
 def number(least: float, most: float) -> Callable[[str], float]:
     """A number from ``least`` to ``most``."""
-
-    def a_number(text: str) -> float:
-        value = float(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
-        return value
-
-    return a_number
+    return _within(float, least, most)
 
 
 def integer(least: int, most: int) -> Callable[[str], int]:
     """An integer from ``least`` to ``most``."""
-
-    def an_integer(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return value
-
-    return an_integer
+    return _within(int, least, most)
 
 
 def count(text: str) -> int:
@@ -36,3 +25,14 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def _within(convert: Callable[[str], _Number], least: _Number, most: _Number) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
+        value = convert(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+
+    parse.__name__ = getattr(convert, "__name__", "number")  # argparse says it of what is no number at all
+    return parse
