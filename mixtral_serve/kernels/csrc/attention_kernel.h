@@ -223,24 +223,27 @@ class PieceKernel {
     }
     for (int64_t at = from; at < to; at = at / kLanes * kLanes + kLanes) {
       const int64_t num = lesser(to, at / kLanes * kLanes + kLanes) - at;
-      product_of(rows, weights + at, kTileKeys, values_at(at), dim_, kLanes, num, part, stride_, dim_, false);
+      product_of(rows, weights + at, kTileKeys, values_at(at), dim_, kLanes, num, part, stride_, dim_, false,
+                 upcoming_keys(at + kTileKeys, values_at(at)));
     }
   }
 
-  // Scores straight from the storage; meanwhile memory is asked for what comes next.
+  // Scores straight from the storage; meanwhile memory is asked for the values.
   void score_directly(int64_t tile, int64_t begin, int64_t end) {
     const int64_t first = begin / kLanes * kLanes;
-    for (int64_t at = first; at < end; at += kLanes) {
-      const char* values = reinterpret_cast<const char*>(values_at(at));
-      const int64_t bytes = kLanes * dim_ * static_cast<int64_t>(sizeof(Element));
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
-      for (int64_t i = 0; i < kLanes; ++i) prefetch_keys(at + kTileKeys + i);
-    }
-    const Element* keys = keys_at(first);
+    const Element *keys = keys_at(first), *values = values_at(first);
     const bool is_pair = first + kLanes < end;
     const int64_t step = is_pair ? keys_at(first + kLanes) - keys : 0;
+    const int64_t values_step = is_pair ? values_at(first + kLanes) - values : 0;
     product_of(piece_.num_rows, work_.queries, dim_, keys, call_.block_size, step, dim_, work_.weights + (first - tile),
-               kTileKeys, is_pair ? kTileKeys : kLanes, true);
+               kTileKeys, is_pair ? kTileKeys : kLanes, true, Upcoming<Element>{values, kLanes, values_step});
+  }
+
+  // The sixteen keys around a position, which a product of as many values asks for; if there are none, the values,
+  // which are here already.
+  Upcoming<Element> upcoming_keys(int64_t at, const Element* here) const {
+    if (at >= end_key(piece_.num_rows - 1)) return {here, 0, 0};
+    return {keys_at(at / kLanes * kLanes), call_.block_size, kLanes * call_.block_size};
   }
 
   // Vectors of kLanes elements in a cache line.
@@ -282,11 +285,22 @@ class PieceKernel {
     }
   }
 
+  // Of the keys and values [begin, end) of a tile; memory is asked for those of the next tile.
   void read_scales(int64_t tile, int64_t begin, int64_t end) {
     const int64_t size = call_.block_size;
-    for (int64_t at = begin; at < end; ++at) {
-      work_.key_scales[at - tile] = call_.key_scales[base(at) * size + at % size];
-      work_.value_scales[at - tile] = call_.value_scales[base(at) * size + at % size];
+    const auto copy = [](const float* from, int64_t count, float* to) {
+      __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    };
+    for (int64_t at = begin, count; at < end; at += count) {
+      const int64_t offset = at % size, from = base(at) * size + offset;
+      count = lesser(end - at, size - offset);
+      copy(call_.key_scales + from, count, work_.key_scales + at - tile);
+      copy(call_.value_scales + from, count, work_.value_scales + at - tile);
+    }
+    for (int64_t at = tile + kTileKeys; at < lesser(tile + 2 * kTileKeys, end_key(piece_.num_rows - 1)); at += kLanes) {
+      const int64_t from = base(at) * size + at % size;
+      __builtin_prefetch(call_.key_scales + from);
+      __builtin_prefetch(call_.value_scales + from);
     }
   }
 

@@ -67,9 +67,8 @@ inline Lanes load_bf16(const uint16_t* from) {
           widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)))};
 }
 inline Lanes load_int8(const int8_t* from) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from + 8)))};
 }
 
 inline float first_of(Lanes x) { return _mm256_cvtss_f32(x.low); }
