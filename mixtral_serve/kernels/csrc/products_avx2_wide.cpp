@@ -24,7 +24,7 @@
 // Rejected: pairs of columns by Winograd's inner product, half as many multiplications for twice as many additions
 // (nearly as fast on a core of its own, slower than words alone beside another thread); Strassen's algorithm twice, on
 // quads of rows and tiles (an eighth fewer products, but right factors of four tiles cost a tenth of the time: as fast
-// on a core of its own, 2 to 6 % slower beside another thread); six pairs of rows with one tile (more loads);
+// on a core of its own, up to 8 % slower beside another thread); six pairs of rows with one tile (more loads);
 // stretches of 32 steps (5 % slower); loops unrolled twice (slower beside another thread).
 #include <algorithm>
 #include <cstdint>
