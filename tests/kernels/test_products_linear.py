@@ -124,6 +124,22 @@ def test_bytes_that_no_quantiser_writes_are_multiplied_like_any_others(kind: Kin
     check_everywhere(x, weight)
 
 
+@given(num_cols=st.integers(1, 300), rows=st.integers(1, 40), choices=st.integers(1, 10), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_neighbours_too_large_for_sixteen_bits_together_are_multiplied_like_any_others(
+    num_cols: int, rows: int, choices: int, seed: int
+) -> None:
+    """AVX2 adds two products of bytes in 16 bits: 255 * 128 + 255 * 1 is too much. Columns may all be so."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = PackedMatrix.empty("int8", 40, num_cols)
+    weight.fill_scales(1 / 128)
+    weight.quants.random_(0, 2, generator=generator).mul_(255)
+    columns = torch.tensor([127.0, 64.0, 65.0, -127.0, -64.0, -65.0, 1.0, 2.0, -1.0, -2.0])
+    x = columns[torch.randint(choices, (rows, num_cols), generator=generator)]
+    x[:, 0] = 127.0  # so that columns are their own integers
+    check_everywhere(x, weight)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_cols", [330, 4096 + 17 * 32 + 5])
 @pytest.mark.parametrize("isa", list(Isa), ids=lambda isa: isa.name.lower())

@@ -63,8 +63,8 @@ class Experts {
     Scratch scratch(call.scratch);
     const int64_t slots = call.num_rows * call.k;
     routing_ = Routing::take(scratch, call.num_rows, call.num_experts, call.k);
-    rows_ = PackedRows::take(scratch, kind_, slots, w1_.num_groups, kernels_.column_bytes(kind_));
-    inner_rows_ = PackedRows::take(scratch, kind_, slots, w2_.num_groups, kernels_.column_bytes(kind_));
+    rows_ = PackedRows::take(scratch, kind_, slots, w1_.num_groups);
+    inner_rows_ = PackedRows::take(scratch, kind_, slots, w2_.num_groups);
     inner_ = scratch.take<float>(slots * inner_cols_);
     down_ = scratch.take<float>(slots * call.num_cols);
     up_starts_ = scratch.take<int64_t>(call.num_experts + 1);
@@ -78,12 +78,11 @@ class Experts {
     const int64_t slots = call_.num_rows * call_.k;
     parallel(call_.num_threads, [&](Team& team) {
       team.for_all(0, slots, 1, [&](int64_t slot, int64_t) {
-        quantize(rows_, slot, call_.num_cols,
-                 [&](int64_t i) { return call_.hidden + routing_.row_of_slot[i] * call_.num_cols; });
+        quantize(rows_, slot, call_.hidden + routing_.row_of_slot[slot] * call_.num_cols, call_.num_cols);
       });
       team.for_all(1, up_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { gate_and_up(up_tasks, index); });
       team.for_all(2, slots, 1, [&](int64_t slot, int64_t) {
-        quantize(inner_rows_, slot, inner_cols_, [&](int64_t i) { return inner_ + i * inner_cols_; });
+        quantize(inner_rows_, slot, inner_ + slot * inner_cols_, inner_cols_);
       });
       team.for_all(3, down_tasks.num_tasks(), 1, [&](int64_t index, int64_t) { down(down_tasks, index); });
       team.for_each(4, call_.num_rows, 1, [&](int64_t row, int64_t) { add_up(row); });
@@ -91,11 +90,9 @@ class Experts {
   }
 
  private:
-  template <typename XOf>
-  void quantize(const PackedRows& rows, int64_t slot, int64_t num_cols, const XOf& x_of) const {
+  void quantize(const PackedRows& rows, int64_t slot, const float* x, int64_t num_cols) const {
     const Segment& segment = routing_.segments[routing_.expert_of_slot[slot]];
-    const auto x_of_segment = [&](int64_t row) { return x_of(segment.first_row + row); };
-    rows.quantize(kernels_, segment, slot - segment.first_row, num_cols, x_of_segment);
+    rows.quantize(kernels_, segment, slot - segment.first_row, x, num_cols);
   }
 
   void gate_and_up(const ExpertTasks& tasks, int64_t index) const {

@@ -13,7 +13,7 @@ void multiply_rows(const LinearRows& call, const Factor* factors, int num_factor
   const int64_t num_groups = groups_of(call.num_cols);
   const Segment segment{0, call.num_rows, kernels.block_rows(kind, call.num_rows)};
   Scratch scratch(call.scratch);
-  const PackedRows rows = PackedRows::take(scratch, kind, call.num_rows, num_groups, kernels.column_bytes(kind));
+  const PackedRows rows = PackedRows::take(scratch, kind, call.num_rows, num_groups);
   const auto matrix = [&](const Factor& factor) {
     const int64_t num_tiles = (factor.num_outputs + kTileRows - 1) / kTileRows;
     return Matrix{kind, factor.weights.quants, factor.weights.scales, num_tiles, num_groups};
@@ -27,7 +27,7 @@ void multiply_rows(const LinearRows& call, const Factor* factors, int num_factor
   }
   parallel(call.num_threads, [&](Team& team) {
     team.for_all(0, call.num_rows, 1, [&](int64_t row, int64_t) {
-      rows.quantize(kernels, segment, row, call.num_cols, [&](int64_t i) { return call.x + i * call.num_cols; });
+      rows.quantize(kernels, segment, row, call.x + row * call.num_cols, call.num_cols);
     });
     team.for_each(1, ends[num_factors - 1], 1, [&](int64_t index, int64_t) {
       int i = 0;

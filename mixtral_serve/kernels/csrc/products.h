@@ -61,12 +61,20 @@ constexpr int kNarrowBlockRows = 12;
 constexpr int kMaxRunRows = 256;
 constexpr int kMaxRunBlocks = kMaxRunRows / kNarrowBlockRows;
 
+// Four columns of an int8 row that meet their weights once more, see rows_avx2.h.
+struct Excess {
+  int32_t line;  // bytes from the tile's first weight to theirs
+  int8_t columns[4];
+};
+
 // Quantised rows, interleaved so that what one instruction reads lies together.
 struct Block {
-  const int8_t* quants;    // narrow: [columns / 4][num_rows][4], bytes or (int8 of AVX2) words
-                           // wide, AMX: [columns / 64][num_rows][64], padded with zeros; AVX2: PairLayout
-  const int32_t* offsets;  // what sums start at: int8 [num_rows], int4 [groups][num_rows] (not in wide blocks)
-  const float* scales;     // [num_rows]
+  const int8_t* quants;       // narrow: [columns / 4][num_rows][4]
+                              // wide: [columns / 64][num_rows][64], padded with zeros
+  const int32_t* offsets;     // what sums start at: int8 [num_rows], int4 [groups][num_rows] (not in wide blocks)
+  const float* scales;        // [num_rows]
+  const Excess* excess;       // int8 of AVX2: [num_rows][columns / 4], of which num_excess [num_rows] are in use
+  const int32_t* num_excess;
   int num_rows;
   bool is_wide;
   int64_t num_groups;  // columns / 32, padded columns included
@@ -74,10 +82,12 @@ struct Block {
 
 // Where one row of a block is written to.
 struct RowPlace {
-  int8_t* quants;    // of the block
-  int32_t* offsets;  // of the block
-  float* scale;      // of the row
-  int64_t row;       // in the block
+  int8_t* quants;       // of the block
+  int32_t* offsets;     // of the block
+  float* scale;         // of the row
+  Excess* excess;       // of the row
+  int32_t* num_excess;  // of the row
+  int64_t row;          // in the block
   int64_t num_block_rows;
   bool is_wide;
 };
@@ -125,17 +135,11 @@ using Multiply = void (*)(const Block* blocks, int num_blocks, const Tile* tiles
                           int64_t stride);
 
 struct Kernels {
-  // Room for a column of an int8 row.
-  int64_t int8_column_bytes;
   // More rows than this that meet one matrix are cut into wide blocks, of so many rows at most; by kind.
   int64_t most_narrow_rows[2];
   int64_t wide_block_rows;
   // Quantises x [num_cols], padded with zeros to num_groups * 32 (in wide blocks: to a multiple of 64).
   void (*quantize_row)(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place);
-  // Where wide blocks of int8 hold pairs of rows, and null elsewhere: quantises the row of `place` and the next. In a
-  // block with an odd number of rows the last `lower` is null.
-  void (*quantize_int8_pair)(const float* upper, const float* lower, int64_t num_cols, int64_t num_groups,
-                             const RowPlace& place);
   Multiply multiply_int8;
   Multiply multiply_int4;
   // out[row * stride + o] = silu(both[row][o]) * both[row][16 + o], o < 16.
@@ -143,7 +147,6 @@ struct Kernels {
   // out[c] = weights[k - 1] * parts[k - 1][c] fused onto ... onto weights[0] * parts[0][c], c < num_cols.
   void (*combine)(const float* const* parts, const float* weights, int64_t k, int64_t num_cols, float* out);
 
-  int64_t column_bytes(Kind kind) const { return kind == Kind::int8 ? int8_column_bytes : 1; }
   Multiply multiply(Kind kind) const { return kind == Kind::int4 ? multiply_int4 : multiply_int8; }
   int64_t block_rows(Kind kind, int64_t num_rows) const {
     return num_rows > most_narrow_rows[static_cast<int>(kind)] ? wide_block_rows : kNarrowBlockRows;

@@ -317,11 +317,9 @@ void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_group
 }  // namespace
 
 const Kernels& amx_kernels() {
-  static const Kernels kernels = {1,
-                                  {kMostNarrowInt8Rows, kMostNarrowInt4Rows},
+  static const Kernels kernels = {{kMostNarrowInt8Rows, kMostNarrowInt4Rows},
                                   kWideBlockRows,
                                   quantize_row,
-                                  nullptr,
                                   multiply_int8,
                                   multiply_int4,
                                   avx512_kernels().gate,

@@ -1,18 +1,20 @@
-// products.h for AVX2: eight outputs in the lanes, so a tile is two halves. Wide blocks are in products_avx2_wide.cpp.
+// products.h for AVX2: eight outputs in the lanes, so a tile is two halves.
 //
 // Sixteen registers hold the sums of a few rows only, so a block meets a tile in several passes: a stretch of columns
 // at a time, which stays in the first-level cache for all of them. Between stretches the sums lie in memory.
 //
 // The byte product of AVX2 adds two products in 16 bits and saturates. int4: 0..15 times -127..127 leaves room for the
 // eight pairs of a group, and the product of 16 bits that widens them multiplies by the group's multiplier as well; each
-// of a sum's two words starts at an offset of its own, and stays within 16 columns of -8 times 127. int8: rows lie in
-// memory as 16-bit numbers, weights are widened as they are loaded, once for all rows, and the product of 16 bits adds
-// pairs in 32: as many multiplications as bytes would take (|weight| times the row with the weight's sign, then the
-// widening), without the signs.
+// of a sum's two words starts at an offset of its own, and stays within 16 columns of -8 times 127. int8: a pair is
+// widened at once. Few pairs of columns are too large for 16 bits, and what is too much is multiplied in a piece of its
+// own; see rows_avx2.h.
 //
-// Rejected for int8: the signs (they compete with the products for the same units: a sixth slower on Zen 4). Rejected:
-// whole rows instead of stretches (256 rows of int4, through the second-level cache, took 1.4 to 1.7 times as long on
-// Zen 3).
+// Rejected for int8: products of words (as many multiplications, twice the additions, and half of the units that add are
+// those that multiply: bytes take 1.2 to 1.4 times less time); the same by Strassen's algorithm (seven products of words
+// for eight, more memory per row, and a tenth faster than words only); |weight| times the row with the weight's sign
+// (signs compete with the products for the same units: a sixth slower than words on Zen 4).
+// Rejected: whole rows instead of stretches (256 rows of int4, through the second-level cache, took 1.4 to 1.7 times as
+// long on Zen 3); blocks of more rows (as fast).
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -25,24 +27,31 @@
 #include "avx2_target.h"
 
 #include "math_avx2.h"
-#include "products_avx2.h"
 #include "rows_avx2.h"
 
 namespace mixtral {
 namespace {
 
-// More are faster as pairs, by a tenth from 30 rows on.
-constexpr int64_t kMostNarrowInt8Rows = 24;
-static_assert(7 * (kMostNarrowInt8Rows + 2) <= 8 * (kMostNarrowInt8Rows + 1), "pairs of an odd number of rows fit");
+// Up to so many blocks that meet a tile ask for the next one meanwhile. With more, the hardware's own prefetching is in
+// time, and asking costs more than it gives.
+constexpr int kMostAskingBlocks = 4;
 
-// Writes eight columns as two pieces, of bytes (int4) or of words.
-inline void write_8(Kind kind, __m256i columns, int8_t* out, int64_t distance) {
-  const __m256i words = _mm256_packs_epi32(columns, columns);
-  if (kind == Kind::int8) {
-    _mm_storeu_si64(out, _mm256_castsi256_si128(words));
-    _mm_storeu_si64(out + distance, _mm256_extracti128_si256(words, 1));
-    return;
-  }
+// Instead of kNearBytes. On Zen 3 512 and 2048 make a row of int8 take 3 to 5 % longer, or one of int4 5 %.
+constexpr int64_t kAvx2NearBytes = 1536;
+
+inline void prefetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+
+inline __m256i load(const void* address) { return _mm256_loadu_si256(static_cast<const __m256i*>(address)); }
+
+inline void store(void* address, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(address), x); }
+
+// Onto `sum`, in this order and no other: columns that are loaded early push sums out of the registers. And where they
+// are: the compiler would make sums elsewhere and move them back.
+inline void add_int32(__m256i& sum, __m256i x) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline void add_int16(__m256i& sum, __m256i x) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+
+// Writes eight columns, words [0..3, 0..3, 4..7, 4..7], as two pieces of bytes.
+inline void write_8(__m256i words, int8_t* out, int64_t distance) {
   const __m256i bytes = _mm256_packs_epi16(words, words);
   _mm_storeu_si32(out, _mm256_castsi256_si128(bytes));
   _mm_storeu_si32(out + distance, _mm256_extracti128_si256(bytes, 1));
@@ -57,25 +66,42 @@ inline int32_t int4_offsets(__m256i sum) {
   return static_cast<int32_t>(static_cast<uint32_t>(low & 0xffff) | (static_cast<uint32_t>(high) << 16));
 }
 
-void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
+void quantize_int8_row(const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
   const RowScale scale = RowScale::of(x, num_cols);
   *place.scale = scale.scale;
-  const int64_t piece_bytes = kind == Kind::int8 ? kInt8PieceBytes : 4, distance = piece_bytes * place.num_block_rows;
-  int8_t* first_piece = place.quants + piece_bytes * place.row;
+  const int64_t distance = 4 * place.num_block_rows;
+  int8_t* piece = place.quants + 4 * place.row;
+  ExcessWriter excess(place.excess);
   __m256i row_sum = _mm256_setzero_si256();
+  for (int64_t first = 0; first < num_groups * kGroupCols; first += kLanes, piece += 2 * distance) {
+    const __m256i columns = scale.quantized(x + first, num_cols - first);
+    write_8(excess.take_from(_mm256_packs_epi32(columns, columns), first), piece, distance);
+    row_sum = _mm256_add_epi32(row_sum, columns);
+  }
+  place.offsets[place.row] = -128 * sum_of(row_sum);
+  *place.num_excess = excess.count();
+}
+
+void quantize_int4_row(const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
+  const RowScale scale = RowScale::of(x, num_cols);
+  *place.scale = scale.scale;
+  const int64_t distance = 4 * place.num_block_rows;
+  int8_t* piece = place.quants + 4 * place.row;
   for (int64_t g = 0; g < num_groups; ++g) {
     __m256i sum = _mm256_setzero_si256();
     MIXTRAL_UNROLL
-    for (int i = 0; i < kGroupCols / kLanes; ++i) {
+    for (int i = 0; i < kGroupCols / kLanes; ++i, piece += 2 * distance) {
       const int64_t first = g * kGroupCols + i * kLanes;
       const __m256i columns = scale.quantized(x + first, num_cols - first);
-      write_8(kind, columns, first_piece + (g * 8 + 2 * i) * distance, distance);
+      write_8(_mm256_packs_epi32(columns, columns), piece, distance);
       sum = _mm256_add_epi32(sum, columns);
     }
-    if (kind == Kind::int4) place.offsets[g * place.num_block_rows + place.row] = int4_offsets(sum);
-    row_sum = _mm256_add_epi32(row_sum, sum);
+    place.offsets[g * place.num_block_rows + place.row] = int4_offsets(sum);
   }
-  if (kind == Kind::int8) place.offsets[place.row] = -128 * sum_of(row_sum);
+}
+
+void quantize_row(Kind kind, const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
+  (kind == Kind::int4 ? quantize_int4_row : quantize_int8_row)(x, num_cols, num_groups, place);
 }
 
 // Groups of columns that all passes of a block meet before the next; in int4, of one section.
@@ -83,59 +109,76 @@ struct Stretch {
   int64_t first_group, num_groups;
 };
 
+// Neighbouring words, added. The ones come from memory: all registers but four hold sums.
+inline __m256i sum_of_words(__m256i words) {
+  alignas(32) static constexpr int16_t kOnes[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  asm("vpmaddwd %1, %0, %0" : "+x"(words) : "m"(kOnes));
+  return words;
+}
+
 // Four bytes. In the domain of floats since GCC would take integers through a register and the stack.
 inline __m256i broadcast(const void* piece) {
   return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float*>(piece)));
 }
 
-// Adds a stretch of columns to the sums of rows first..first + kRows - 1 of the block with kHalves halves of a tile,
-// from half `half` on: two sums of every output.
-template <int kRows, int kHalves, bool kAsks>
-void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& stretch, int half, Ahead ahead,
+// Adds a stretch of columns to the sums of rows first..first + kRows - 1 of the block with a tile.
+template <int kRows, bool kAsks>
+void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& stretch, Ahead ahead,
                int32_t* all_sums) {
-  constexpr int kQuarters = 2 * kHalves;
-  all_sums += (first * 4 + 2 * half) * kLanes;
-  __m256i sums[kRows][kQuarters];
+  all_sums += first * 2 * kLanes;
+  __m256i sums[kRows][2];
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIXTRAL_UNROLL
-    for (int q = 0; q < kQuarters; ++q) sums[r][q] = load(all_sums + (4 * r + q) * kLanes);
+    for (int h = 0; h < 2; ++h) sums[r][h] = load(all_sums + (2 * r + h) * kLanes);
   }
-  const uint8_t* line = tile.quants + stretch.first_group * 512 + 32 * half;
-  const int8_t* row = block.quants + kInt8PieceBytes * (stretch.first_group * 8 * block.num_rows + first);
+  const uint8_t* line = tile.quants + stretch.first_group * 512;
+  const int8_t* row = block.quants + 4 * (stretch.first_group * 8 * block.num_rows + first);
   const uint8_t* const end = line + stretch.num_groups * 512;
-  const int64_t row_step = kInt8PieceBytes * block.num_rows;
+  const int64_t row_step = 4 * block.num_rows;
   ahead.quants += stretch.first_group * 8 * ahead.step;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (; line != end; line += 64, row += row_step, ahead.quants += ahead.step) {
     if (kAsks) prefetch(ahead.quants);
-    __m256i weights[kQuarters];
-    MIXTRAL_UNROLL
-    for (int q = 0; q < kQuarters; ++q) weights[q] = load_words(line + 16 * q);
+    __m256i low_half = load(line), high_half = load(line + 32);
+    asm volatile("" : "+x"(low_half), "+x"(high_half));  // once
     MIXTRAL_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const __m256i columns = broadcast_words(row + kInt8PieceBytes * r);
-      MIXTRAL_UNROLL
-      for (int q = 0; q < kQuarters; ++q) {
-        add_int32(sums[r][q], _mm256_madd_epi16(weights[q], columns));
-      }
+      const __m256i columns = broadcast(row + 4 * r);
+      add_int32(sums[r][0], sum_of_words(_mm256_maddubs_epi16(low_half, columns)));
+      add_int32(sums[r][1], sum_of_words(_mm256_maddubs_epi16(high_half, columns)));
     }
   }
   MIXTRAL_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIXTRAL_UNROLL
-    for (int q = 0; q < kQuarters; ++q) store(all_sums + (4 * r + q) * kLanes, sums[r][q]);
+    for (int h = 0; h < 2; ++h) store(all_sums + (2 * r + h) * kLanes, sums[r][h]);
   }
+}
+
+// Adds the excess of a row to its sums.
+inline void add_excess(const Block& block, int row, const Tile& tile, int32_t* all_sums) {
+  const Excess* excess = block.excess + row * block.num_groups * (kGroupCols / 4);
+  __m256i sums[2] = {load(all_sums), load(all_sums + kLanes)};
+  for (const Excess* const end = excess + block.num_excess[row]; excess != end; ++excess) {
+    const uint8_t* line = tile.quants + excess->line;
+    const __m256i columns = broadcast(excess->columns);
+    add_int32(sums[0], sum_of_words(_mm256_maddubs_epi16(load(line), columns)));
+    add_int32(sums[1], sum_of_words(_mm256_maddubs_epi16(load(line + 32), columns)));
+  }
+  store(all_sums, sums[0]), store(all_sums + kLanes, sums[1]);
 }
 
 // Sums of all columns to results.
 void int8_finish(const Block& block, const Tile& tile, const Stretch&, int32_t* sums, float* out, int64_t stride) {
-  for (int h = 0; h < 2; ++h) {
-    const __m256 scales = _mm256_loadu_ps(static_cast<const float*>(tile.scales) + kLanes * h);
-    for (int r = 0; r < block.num_rows; ++r) {
-      const int32_t* mine = sums + (r * 4 + 2 * h) * kLanes;
-      int8_results(load(mine), load(mine + kLanes), block.offsets[r], scales, block.scales[r],
-                   out + r * stride + kLanes * h);
+  const auto* all_scales = static_cast<const float*>(tile.scales);
+  for (int r = 0; r < block.num_rows; ++r, sums += 2 * kLanes, out += stride) {
+    add_excess(block, r, tile, sums);
+    const __m256i offset = _mm256_set1_epi32(block.offsets[r]);
+    const __m256 row_scale = _mm256_set1_ps(block.scales[r]);
+    for (int o = 0; o < kTileRows; o += kLanes) {
+      const __m256 total = _mm256_cvtepi32_ps(_mm256_add_epi32(load(sums + o), offset));
+      _mm256_storeu_ps(out + o, _mm256_mul_ps(_mm256_mul_ps(total, _mm256_loadu_ps(all_scales + o)), row_scale));
     }
   }
 }
@@ -176,7 +219,7 @@ inline __m256i load_multipliers(const int8_t* multipliers) {
 
 // int8_pass for int4: one sum of every output, of a stretch within a section.
 template <int kRows, bool kAsks>
-void int4_pass(const Block& block, int first, const Tile& tile, const Stretch& stretch, int, Ahead ahead,
+void int4_pass(const Block& block, int first, const Tile& tile, const Stretch& stretch, Ahead ahead,
                int32_t* all_sums) {
   const SectionScales section = SectionScales::of(tile.scales, stretch.first_group / kSectionGroups, block.num_groups);
   const int64_t g0 = stretch.first_group, num_rows = block.num_rows, step = 4 * num_rows;
@@ -227,73 +270,52 @@ void int4_finish(const Block& block, const Tile& tile, const Stretch& stretch, i
   }
 }
 
-using Pass = void (*)(const Block&, int, const Tile&, const Stretch&, int, Ahead, int32_t*);
+using Pass = void (*)(const Block&, int, const Tile&, const Stretch&, Ahead, int32_t*);
 
-// How a block meets a tile: `by_rows` - 1, up to `most_rows` at a time, with the whole of it or with one half after the
-// other.
-struct Passes {
-  const Pass* by_rows;
-  int most_rows;
-  int num_halves;
-};
+// Of a block and a tile, so many fit into the first-level cache together.
+constexpr int64_t kStretchGroups = 32;
 
-// A pass takes as many rows as there are registers for their sums. kStretchGroups of a block and a tile fit into the
-// first-level cache together; kFinish is due after kScaleGroups.
+// A pass takes as many rows as there are registers for their sums: kPasses by their number, less 1. kFinish is due after
+// kScaleGroups.
 struct Int8 {
   template <bool kAsks>
-  static constexpr Pass kWhole[] = {int8_pass<1, 2, kAsks>, int8_pass<2, 2, kAsks>, int8_pass<3, 2, kAsks>};
-  template <bool kAsks>
-  static constexpr Pass kHalf[] = {int8_pass<1, 1, kAsks>, int8_pass<2, 1, kAsks>, int8_pass<3, 1, kAsks>,
-                                   int8_pass<4, 1, kAsks>, int8_pass<5, 1, kAsks>, int8_pass<6, 1, kAsks>};
-  static constexpr int kOnePassRows = 3, kGroupLines = 8, kRowSums = 4 * kLanes;
-  static constexpr int64_t kStretchGroups = 16, kScaleGroups = INT64_MAX;
+  static constexpr Pass kPasses[] = {int8_pass<1, kAsks>, int8_pass<2, kAsks>, int8_pass<3, kAsks>,
+                                     int8_pass<4, kAsks>, int8_pass<5, kAsks>, int8_pass<6, kAsks>};
+  static constexpr int kPassRows = 6, kGroupLines = 8;
+  static constexpr int64_t kScaleGroups = INT64_MAX;
   static constexpr auto kFinish = int8_finish;
-
-  template <bool kAsks>
-  static Passes passes_for(int rows) {
-    return rows <= kOnePassRows ? Passes{kWhole<kAsks>, kOnePassRows, 1} : Passes{kHalf<kAsks>, 6, 2};
-  }
 };
 
 struct Int4 {
   template <bool kAsks>
-  static constexpr Pass kWhole[] = {int4_pass<1, kAsks>, int4_pass<2, kAsks>, int4_pass<3, kAsks>,
-                                    int4_pass<4, kAsks>};
-  static constexpr int kOnePassRows = 4, kGroupLines = 4, kRowSums = 2 * kLanes;
-  static constexpr int64_t kStretchGroups = 32, kScaleGroups = kSectionGroups;
+  static constexpr Pass kPasses[] = {int4_pass<1, kAsks>, int4_pass<2, kAsks>, int4_pass<3, kAsks>,
+                                     int4_pass<4, kAsks>};
+  static constexpr int kPassRows = 4, kGroupLines = 4;
+  static constexpr int64_t kScaleGroups = kSectionGroups;
   static constexpr auto kFinish = int4_finish;
-
-  template <bool kAsks>
-  static Passes passes_for(int) {
-    return {kWhole<kAsks>, kOnePassRows, 1};
-  }
 };
 
 // All rows of a block, in passes of nearly equal size, with one stretch of a tile.
 template <typename Format>
 void multiply_stretch(const Block& block, const Tile& tile, const Stretch& stretch, Visit visit, int32_t* sums) {
-  const bool asks = visit.count <= kMostAskingBlocks;
-  const Passes passes =
-      asks ? Format::template passes_for<true>(block.num_rows) : Format::template passes_for<false>(block.num_rows);
-  const int num_passes = (block.num_rows + passes.most_rows - 1) / passes.most_rows;
-  const int num_visits = num_passes * passes.num_halves;
-  visit = {visit.index * num_visits, visit.count * num_visits};
-  for (int pass = 0, first = 0; pass < num_passes; ++pass) {
+  const Pass* by_rows =
+      visit.count <= kMostAskingBlocks ? Format::template kPasses<true> : Format::template kPasses<false>;
+  const int num_passes = (block.num_rows + Format::kPassRows - 1) / Format::kPassRows;
+  visit = {visit.index * num_passes, visit.count * num_passes};
+  for (int pass = 0, first = 0; pass < num_passes; ++pass, ++visit.index) {
     const int rows = (block.num_rows - first + num_passes - pass - 1) / (num_passes - pass);
-    for (int half = 0; half < passes.num_halves; ++half, ++visit.index) {
-      const Ahead ahead = ahead_of(tile, visit, block.num_groups * Format::kGroupLines, kAvx2NearBytes);
-      passes.by_rows[rows - 1](block, first, tile, stretch, half, ahead, sums);
-    }
+    const Ahead ahead = ahead_of(tile, visit, block.num_groups * Format::kGroupLines, kAvx2NearBytes);
+    by_rows[rows - 1](block, first, tile, stretch, ahead, sums);
     first += rows;
   }
 }
 
 template <typename Format>
 void multiply_tile(const Block& block, const Tile& tile, const Visit& visit, float* out, int64_t stride) {
-  alignas(32) int32_t sums[kNarrowBlockRows * Format::kRowSums];
-  std::memset(sums, 0, sizeof(int32_t) * block.num_rows * Format::kRowSums);
+  alignas(32) int32_t sums[kNarrowBlockRows * 2 * kLanes];
+  std::memset(sums, 0, sizeof(int32_t) * block.num_rows * 2 * kLanes);
   // One pass reads everything once, whatever the stretches.
-  const int64_t most = block.num_rows <= Format::kOnePassRows ? kSectionGroups : Format::kStretchGroups;
+  const int64_t most = block.num_rows <= Format::kPassRows ? kSectionGroups : kStretchGroups;
   for (int64_t first = 0; first < block.num_groups; first += most) {
     const int64_t end = std::min(first + most, block.num_groups);
     const Stretch stretch{first, end - first};
@@ -311,11 +333,6 @@ void multiply(const Block* blocks, int num_blocks, const Tile* tiles, int num_ti
       multiply_tile<Format>(blocks[b], tiles[t], {b, num_blocks}, out + t * kTileRows, stride);
     }
   }
-}
-
-void multiply_int8(const Block* blocks, int num_blocks, const Tile* tiles, int num_tiles, float* out, int64_t stride) {
-  const Multiply of_blocks = blocks[0].is_wide ? multiply_int8_wide_avx2 : multiply<Int8>;
-  of_blocks(blocks, num_blocks, tiles, num_tiles, out, stride);
 }
 
 void gate(const float* both, int num_rows, float* out, int64_t stride) {
@@ -347,9 +364,8 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = {
-      kInt8ColumnRoom, {kMostNarrowInt8Rows, kAllNarrow}, kAvx2WideRows,  quantize_row, quantize_int8_pair_avx2,
-      multiply_int8,   multiply<Int4>,                    gate,           combine};
+  static constexpr Kernels kernels = {{kAllNarrow, kAllNarrow}, 0,   quantize_row, multiply<Int8>, multiply<Int4>,
+                                      gate,                     combine};
   return kernels;
 }
 

@@ -175,7 +175,7 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 
 const Kernels& avx512_kernels() {
   static constexpr Kernels kernels = {
-      1, {kAllNarrow, kAllNarrow}, 0, quantize_row, nullptr, multiply<kInt8ByRows>, multiply<kInt4ByRows>, gate, combine};
+      {kAllNarrow, kAllNarrow}, 0, quantize_row, multiply<kInt8ByRows>, multiply<kInt4ByRows>, gate, combine};
   return kernels;
 }
 

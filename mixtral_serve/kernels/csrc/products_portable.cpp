@@ -148,7 +148,7 @@ void combine(const float* const* parts, const float* weights, int64_t k, int64_t
 
 const Kernels& portable_kernels() {
   static constexpr Kernels kernels = {
-      1, {kAllNarrow, kAllNarrow}, 0, quantize_row, nullptr, multiply<int8_tile>, multiply<int4_tile>, gate, combine};
+      {kAllNarrow, kAllNarrow}, 0, quantize_row, multiply<int8_tile>, multiply<int4_tile>, gate, combine};
   return kernels;
 }
 

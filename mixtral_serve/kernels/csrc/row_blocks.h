@@ -37,54 +37,63 @@ struct Segment {
 struct PackedRows {
   Kind kind;
   int64_t num_groups;
-  int64_t column_bytes;
-  int8_t* quants;    // [rows][row_bytes()]
-  int32_t* offsets;  // [rows][num_offsets()]
-  float* scales;     // [rows]
+  int8_t* quants;       // [rows][row_bytes()]
+  int32_t* offsets;     // [rows][num_offsets()]
+  float* scales;        // [rows]
+  Excess* excess;       // [rows][most_excess()]
+  int32_t* num_excess;  // [rows]
 
-  static PackedRows take(Scratch& scratch, Kind kind, int64_t num_rows, int64_t num_groups, int64_t column_bytes) {
-    PackedRows rows{kind, num_groups, column_bytes, nullptr, nullptr, nullptr};
+  static PackedRows take(Scratch& scratch, Kind kind, int64_t num_rows, int64_t num_groups) {
+    PackedRows rows{kind, num_groups, nullptr, nullptr, nullptr, nullptr, nullptr};
     rows.quants = scratch.take<int8_t>(num_rows * rows.row_bytes());
     rows.offsets = scratch.take<int32_t>(num_rows * rows.num_offsets());
     rows.scales = scratch.take<float>(num_rows);
+    rows.excess = scratch.take<Excess>(num_rows * rows.most_excess());
+    rows.num_excess = scratch.take<int32_t>(num_rows);
     return rows;
   }
 
   int64_t num_offsets() const { return kind == Kind::int4 ? num_groups : 1; }
 
-  // Room for whole pieces of 64 columns, as wide blocks have them.
-  int64_t row_bytes() const { return (num_groups + 1) / 2 * 64 * column_bytes; }
+  int64_t most_excess() const { return kind == Kind::int8 ? num_groups * kGroupCols / 4 : 0; }
 
-  // Enough with every instruction set.
+  // Room for whole pieces of 64 columns, as wide blocks have them.
+  int64_t row_bytes() const { return (num_groups + 1) / 2 * 64; }
+
   static int64_t num_bytes(Kind kind, int64_t num_rows, int64_t num_groups) {
-    const int64_t most_column_bytes = kind == Kind::int8 ? 4 : 1;
-    return num_rows * ((num_groups + 1) / 2 * 64 * most_column_bytes + num_groups * 4 + 4) + 3 * 64;
+    Scratch from_nothing(nullptr);
+    take(from_nothing, kind, num_rows, num_groups);
+    return from_nothing.take<char>(0) - static_cast<char*>(nullptr);
   }
 
   Block block(const Segment& segment, int64_t index) const {
     const int64_t start = segment.block_start(index), row = segment.first_row + start;
-    return {quants + row * row_bytes(), offsets + row * num_offsets(), scales + row,
-            static_cast<int>(segment.block_start(index + 1) - start), segment.is_wide(), num_groups};
+    return {quants + row * row_bytes(),
+            offsets + row * num_offsets(),
+            scales + row,
+            excess + row * most_excess(),
+            num_excess + row,
+            static_cast<int>(segment.block_start(index + 1) - start),
+            segment.is_wide(),
+            num_groups};
   }
 
   RowPlace place(const Segment& segment, int64_t row_of_segment) const {
     const int64_t index = segment.block_of(row_of_segment), start = segment.block_start(index);
-    const int64_t first = segment.first_row + start, within = row_of_segment - start;
-    return {quants + first * row_bytes(), offsets + first * num_offsets(), scales + first + within, within,
-            segment.block_start(index + 1) - start, segment.is_wide()};
+    const int64_t first = segment.first_row + start, row = segment.first_row + row_of_segment;
+    return {quants + first * row_bytes(),
+            offsets + first * num_offsets(),
+            scales + row,
+            excess + row * most_excess(),
+            num_excess + row,
+            row_of_segment - start,
+            segment.block_start(index + 1) - start,
+            segment.is_wide()};
   }
 
-  // Quantises row `row` of a segment; one that is the second of a pair came with the first. Rows of the segment are at
-  // `x_of(row)`.
-  template <typename XOf>
-  void quantize(const Kernels& kernels, const Segment& segment, int64_t row, int64_t num_cols, const XOf& x_of) const {
-    const RowPlace at = place(segment, row);
-    if (kind != Kind::int8 || !segment.is_wide() || kernels.quantize_int8_pair == nullptr) {
-      kernels.quantize_row(kind, x_of(row), num_cols, num_groups, at);
-    } else if (at.row % 2 == 0) {
-      const float* lower = at.row + 1 < at.num_block_rows ? x_of(row + 1) : nullptr;
-      kernels.quantize_int8_pair(x_of(row), lower, num_cols, num_groups, at);
-    }
+  // Quantises row `row` of a segment.
+  void quantize(const Kernels& kernels, const Segment& segment, int64_t row, const float* x, int64_t num_cols) const {
+    kernels.quantize_row(kind, x, num_cols, num_groups, place(segment, row));
   }
 };
 
