@@ -123,9 +123,11 @@ def _fastest(able: list[Backend], kind: Kind, dims: tuple[int, int], clock: Call
 def measure(operations: Sequence[LinearOp], num_cols: int, clock: Callable[[], float]) -> list[tuple[float, float]]:
     """Seconds of each product with 1 and with 16 rows: the least of several calls.
 
-    They take turns, so that whatever else the machine is busy with slows all of them alike.
+    They take turns, so that whatever else the machine is busy with slows all of them alike. Rows are of normal numbers,
+    much like a model's: how long a product takes may depend on them.
     """
-    one, sixteen = (torch.ones(num_rows, num_cols) for num_rows in _NUM_ROWS)
+    generator = torch.Generator().manual_seed(0)
+    one, sixteen = (torch.randn(num_rows, num_cols, generator=generator) for num_rows in _NUM_ROWS)
     least_s = [[math.inf, math.inf] for _ in operations]
     ends_s = clock() + _BUDGET_S
     num_rounds = 0

@@ -170,14 +170,18 @@ def as_held(vectors: torch.Tensor, dtype: KVDtype) -> torch.Tensor:
 
 
 def reference(world: World, request: int) -> torch.Tensor:
-    """The same in float64, with one score matrix and repeated heads, from keys and values as they are held."""
+    """The same in float64, with a score matrix, from keys and values as they are held."""
     queries, keys, values = world.rows[request]
     per_kv_head = queries.shape[1] // keys.shape[1]
-    keys, values = (as_held(part, world.dtype).repeat_interleave(per_kv_head, dim=1) for part in (keys, values))
-    scores = torch.einsum("qhd,khd->hqk", queries.double(), keys) * world.shape.head_dim**-0.5
+    held_keys, held_values = (as_held(part, world.dtype) for part in (keys, values))
     at = torch.arange(queries.shape[0])
     hidden = (at[None, :] > at[:, None]) | (at[None, :] <= at[:, None] - (world.window or 1 << 30))
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -math.inf).softmax(dim=-1), values)
+    heads = []
+    for head in range(queries.shape[1]):  # one at a time: the scores of all may take half a gigabyte
+        kv_head = head // per_kv_head
+        scores = queries[:, head].double() @ held_keys[:, kv_head].T * world.shape.head_dim**-0.5
+        heads.append(scores.masked_fill(hidden, -math.inf).softmax(dim=-1) @ held_values[:, kv_head])
+    return torch.stack(heads, dim=1)
 
 
 def worst_error(world: World, found: list[torch.Tensor]) -> float:
