@@ -10,6 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from mixtral_serve.text.fakes import write_tiny_tokenizer
+from mixtral_serve.text.grammar_vocabulary import Vocabulary
 from mixtral_serve.text.tokenizer import Tokenizer, load_tokenizer
 
 INSTRUCT_TEMPLATE = (
@@ -70,6 +71,11 @@ def mixtral_checkpoint(tmp_path_factory: pytest.TempPathFactory, sentencepiece_m
 @pytest.fixture(scope="session")
 def mixtral(mixtral_checkpoint: Path) -> Tokenizer:
     return load_tokenizer(mixtral_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def mixtral_vocabulary(mixtral: Tokenizer) -> Vocabulary:
+    return Vocabulary(mixtral.token_bytes, eos_token_ids=(2,), vocab_size=mixtral.vocab_size)
 
 
 @pytest.fixture(scope="session")
