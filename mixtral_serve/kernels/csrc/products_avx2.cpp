@@ -273,8 +273,8 @@ using Pass = void (*)(const Block&, int, const Tile&, const Stretch&, Ahead, int
 constexpr int64_t kStretchGroups = 32;
 
 // A pass takes as many rows as there are registers for their sums: kPasses by their number, less 1. kFinish is due after
-// kScaleGroups. kNearBytes takes the place of products.h's: 256 bytes more make a row of int8 take 2 % longer on Zen 3,
-// or as many less one of int4.
+// kScaleGroups. kNearBytes takes the place of products.h's: on Zen 3 256 bytes more make a row of int8 take 2 % longer,
+// and 256 less one of int4 1 %.
 struct Int8 {
   template <bool kAsks>
   static constexpr Pass kPasses[] = {int8_pass<1, kAsks>, int8_pass<2, kAsks>, int8_pass<3, kAsks>,
