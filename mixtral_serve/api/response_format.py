@@ -19,10 +19,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
+
+import msgspec
 
 from mixtral_serve.api.errors import Problem
-from mixtral_serve.api.logprobs import TokenNames, chat_logprobs
+from mixtral_serve.api.logprobs import TokenNames, chat_content
 from mixtral_serve.api.sse import json_line
 from mixtral_serve.api.tools import new_call_id
 from mixtral_serve.engine.messages import Delta
@@ -58,7 +60,7 @@ class _Item:
     call: tuple[str, str] | None = None
     """Call id and name of a function's call; None for a message."""
     pieces: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[msgspec.Raw] = field(default_factory=list)
 
     def part(self) -> dict[str, object]:
         return {"type": "output_text", "text": "".join(self.pieces), "annotations": [], "logprobs": self.logprobs}
@@ -179,13 +181,10 @@ class ResponseWriter:
             return begun
         return begun + self._of_part("response.output_text.delta", item, delta=event.text, logprobs=logprobs)
 
-    def _take_logprobs(self) -> list[dict[str, Any]]:
+    def _take_logprobs(self) -> list[msgspec.Raw]:
         """Of the tokens since the last text, those that showed nothing included."""
         taken, self._logprobs = self._logprobs, []
-        if not self._facts.has_logprobs or not taken:
-            return []
-        content: Any = chat_logprobs(self._names, taken)["content"]
-        return list(content)
+        return chat_content(self._names, taken) if self._facts.has_logprobs else []
 
     def _begin_item(self, item: _Item) -> bytes:
         self._items.append(item)
