@@ -87,10 +87,13 @@ def test_nulls_within_a_schema_are_its_own(api: Any) -> None:
 
 def test_a_large_body_is_not_walked_for_a_nul_that_it_does_not_have(api: Any) -> None:
     ids = b"[" + b"1," * 300_000 + b"1]"
-    started_s = time.process_time()
-    reply = api.call("POST", "/detokenize", b'{"tokens": "\\\\u0000", "model": ' + ids + b"}")
-    assert reply.error["param"] in ("tokens", "model")
-    assert time.process_time() - started_s < 0.4
+    took_s = []
+    for _ in range(3):  # a walk takes a second each time, a collection of garbage only happens to
+        started_s = time.thread_time()
+        reply = api.call("POST", "/detokenize", b'{"tokens": "\\\\u0000", "model": ' + ids + b"}")
+        assert reply.error["param"] in ("tokens", "model")
+        took_s.append(time.thread_time() - started_s)
+    assert min(took_s) < 0.2
     reply = api.call("POST", "/detokenize", b'{"tokens": "\\\\\\u0000", "model": ' + ids + b"}")
     assert (reply.error["param"], reply.error["message"]) == (None, "The body must not contain the character NUL.")
 
