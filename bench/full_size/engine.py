@@ -26,6 +26,7 @@ from mixtral_serve.engine.core import EngineCore
 from mixtral_serve.kernels.formats import Kind
 from mixtral_serve.kernels.names import BackendName
 from mixtral_serve.kernels.registry import choose
+from mixtral_serve.kernels.self_test import settle_isa
 from mixtral_serve.model.loader import build_empty
 from mixtral_serve.model.native_layers import hand_over
 from mixtral_serve.model.quantized import hold_packed, packed_places
@@ -142,6 +143,7 @@ def build_engine(plan: EnginePlan, *, go_on: Callable[[], bool] = lambda: True) 
         NoTimeError: ``go_on`` said no before the weights were there.
     """
     settings, shape, kind = plan.settings, plan.shape, plan.kind
+    settle_isa()
     backend = choose(kind, settings.kernels, dims=(shape.intermediate_size, shape.hidden_size))
     model = build_empty(shape)
     began_s = time.monotonic()

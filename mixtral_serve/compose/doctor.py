@@ -21,7 +21,7 @@ from mixtral_serve import __version__, machine
 from mixtral_serve.compose.limits import tightest_limit
 from mixtral_serve.compose.plan import ServingPlan, plan_serving, scheduler_config
 from mixtral_serve.engine.errors import EXIT_CONFIG
-from mixtral_serve.kernels.names import KernelChoice
+from mixtral_serve.kernels.names import EXIT_LESSER_INSTRUCTIONS, KernelChoice
 from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.errors import CheckpointError
 from mixtral_serve.model.manifest import verify_files
@@ -115,7 +115,8 @@ def _kernels(weights: Weights, asked: KernelChoice) -> Finding:
         check=False,
     )
     detail = (probe.stdout.strip() or probe.stderr.strip()).removeprefix("kernels: ")
-    return Finding("ok" if probe.returncode == 0 else "failure", "kernels", detail)
+    verdicts: dict[int, Verdict] = {0: "ok", EXIT_LESSER_INSTRUCTIONS: "warning"}
+    return Finding(verdicts.get(probe.returncode, "failure"), "kernels", detail)
 
 
 def _plan(settings: Settings, meminfo: Path) -> ServingPlan | Finding:

@@ -1,9 +1,12 @@
-"""Names of the backends, for those that must not import a tensor library to check a setting."""
+"""Names of the backends and what is said of them, for those that must not import a tensor library to ask."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 BackendName: TypeAlias = Literal["native", "torch", "reference"]
 KernelChoice: TypeAlias = Literal["auto", "native", "torch", "reference"]
 """What an operator asks for; ``auto`` takes the fastest that is there."""
+
+EXIT_LESSER_INSTRUCTIONS: Final = 3
+"""Of ``kernels.probe``: something would compute, but not with the best instructions of this CPU."""

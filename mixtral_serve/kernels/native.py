@@ -68,8 +68,18 @@ def is_available() -> bool:
 
 
 def best_isa() -> Isa:
-    """The best instruction set of this CPU."""
+    """The best instruction set of this CPU that is trusted."""
     return Isa(library().mixtral_best_isa())
+
+
+def active_isa() -> Isa:
+    """The one in use: the best one, or a lesser one inside ``limited_to``."""
+    return Isa(library().mixtral_active_isa())
+
+
+def trust(isa: Isa) -> None:
+    """Use nothing above ``isa`` in this process from now on; see ``self_test``."""
+    library().mixtral_trust_isa(int(isa))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from typing import Final
 import torch
 
 from mixtral_serve import __version__
+from mixtral_serve.kernels.self_test import settle_isa
 from mixtral_serve.model.checkpoint import INDEX, Checkpoint
 from mixtral_serve.model.errors import CheckpointError, DestinationError
 from mixtral_serve.model.manifest import (
@@ -81,6 +82,7 @@ def quantize_checkpoint(
     job = _job(source, weights, revision)
     if (destination / MANIFEST).exists():
         return _accept(destination, job)
+    settle_isa()
     started_s = time.monotonic()
     try:
         with Journal.open(destination, job) as journal, _single_threaded():

@@ -23,6 +23,7 @@ from mixtral_serve.contract import ModelInfo, RunBatch, SamplingParams
 from mixtral_serve.kernels.backend import Backend
 from mixtral_serve.kernels.names import KernelChoice
 from mixtral_serve.kernels.registry import choose
+from mixtral_serve.kernels.self_test import settle_isa
 from mixtral_serve.model.batch import StepInputs, build_inputs
 from mixtral_serve.model.checkpoint import open_checkpoint
 from mixtral_serve.model.kv_cache import KVCache, allocate_kv_cache
@@ -223,6 +224,7 @@ def load_runner(
         KernelsUnavailableError, NativeUnavailableError: nothing here computes with such weights, keys and values.
     """
     apply_threads(plan_threads(num_threads))
+    settle_isa()
     opened = open_checkpoint(checkpoint)
     shape, weights = opened.shape, numerics.weights
     backend = None

@@ -14,7 +14,10 @@
 namespace mixtral {
 namespace {
 
+std::atomic<int> g_trusted{static_cast<int>(Isa::amx)};
 std::atomic<int> g_asked{-1};
+
+constexpr Isa lesser(Isa a, Isa b) { return a < b ? a : b; }
 
 #if defined(__x86_64__)
 // Asked of the CPU itself, since not every compiler's own question knows it.
@@ -43,9 +46,8 @@ bool has_amx_int8() {
 bool has_amx_int8() { return false; }
 #endif
 
-}  // namespace
-
-Isa best_isa() {
+// The best one this CPU has and its operating system lets this process use.
+Isa detected_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
@@ -59,10 +61,17 @@ Isa best_isa() {
   return Isa::portable;
 }
 
+}  // namespace
+
+Isa best_isa() {
+  static const Isa detected = detected_isa();
+  return lesser(detected, static_cast<Isa>(g_trusted.load(std::memory_order_relaxed)));
+}
+
 Isa active_isa() {
-  static const int best = static_cast<int>(best_isa());
+  const Isa best = best_isa();
   const int asked = g_asked.load(std::memory_order_relaxed);
-  return static_cast<Isa>(asked >= 0 && asked < best ? asked : best);
+  return asked >= 0 ? lesser(best, static_cast<Isa>(asked)) : best;
 }
 
 }  // namespace mixtral
@@ -70,6 +79,11 @@ Isa active_isa() {
 extern "C" {
 
 __attribute__((visibility("default"))) int mixtral_best_isa() { return static_cast<int>(mixtral::best_isa()); }
+
+__attribute__((visibility("default"))) int mixtral_active_isa() { return static_cast<int>(mixtral::active_isa()); }
+
+// Nothing above instruction set `isa` is used from now on, whatever is asked for: it was found to compute otherwise.
+__attribute__((visibility("default"))) void mixtral_trust_isa(int isa) { mixtral::g_trusted.store(isa); }
 
 // Uses at most instruction set `isa` from now on; -1 goes back to the best one. For tests and measurements.
 __attribute__((visibility("default"))) void mixtral_limit_isa(int isa) { mixtral::g_asked.store(isa); }

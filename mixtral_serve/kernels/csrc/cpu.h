@@ -5,7 +5,7 @@ namespace mixtral {
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2, amx = 3 };
 
-// The best one this CPU has and its operating system lets this process use.
+// The best one that this CPU has, that its operating system lets this process use, and that is trusted.
 Isa best_isa();
 
 // The one in use: the best one, or a lesser one that was asked for.
