@@ -37,6 +37,7 @@ from mixtral_serve.kernels.machine_limits import multiply_registers, read_memory
 from mixtral_serve.kernels.names import BackendName
 from mixtral_serve.kernels.native import Isa, best_isa, limited_to
 from mixtral_serve.kernels.registry import BACKENDS
+from mixtral_serve.kernels.self_test import settle_isa
 from mixtral_serve.model.native_attention import native_step
 from mixtral_serve.model.native_kv_cache import NativeKVCache
 from mixtral_serve.model.shape import KVDtype, ModelShape
@@ -283,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--most-s", type=float, default=3.0, help="leave out what would take longer per call (default %(default)s)"
     )
     options = parser.parse_args(arguments)
+    settle_isa()
     rows = []
     print(f"{'kernel':16}{'backend':24}{'rows':>5}{'ms':>11}{'bandwidth':>11}{'peak':>8}")
     for name in options.kernels:

@@ -114,9 +114,15 @@ def _kernels(weights: Weights, asked: KernelChoice) -> Finding:
         text=True,
         check=False,
     )
-    detail = (probe.stdout.strip() or probe.stderr.strip()).removeprefix("kernels: ")
+    return kernels_finding(probe.returncode, probe.stdout.strip() or probe.stderr.strip())
+
+
+def kernels_finding(exit_code: int, said: str) -> Finding:
+    """What the end of ``kernels.probe`` means. Its last line is the outcome, and comes first here."""
     verdicts: dict[int, Verdict] = {0: "ok", EXIT_LESSER_INSTRUCTIONS: "warning"}
-    return Finding(verdicts.get(probe.returncode, "failure"), "kernels", detail)
+    *before, outcome = said.splitlines() or [f"the probe ended with {exit_code}"]
+    detail = "\n".join((outcome.removeprefix("kernels: "), *before))
+    return Finding(verdicts.get(exit_code, "failure"), "kernels", detail)
 
 
 def _plan(settings: Settings, meminfo: Path) -> ServingPlan | Finding:

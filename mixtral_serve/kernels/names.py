@@ -1,4 +1,4 @@
-"""Names of the backends and what is said of them, for those that must not import a tensor library to ask."""
+"""Names of the backends, and the probe's exit code, for those that must not import a tensor library."""
 
 from __future__ import annotations
 

@@ -84,12 +84,12 @@ def trust(isa: Isa) -> None:
 
 @contextmanager
 def limited_to(isa: Isa) -> Iterator[None]:
-    """Use at most ``isa`` inside the block, for tests and measurements. Not for two threads at once."""
-    library().mixtral_limit_isa(int(isa))
+    """Use at most ``isa`` inside the block, for trials, tests and measurements. Not for two threads at once."""
+    before = library().mixtral_limit_isa(int(isa))
     try:
         yield
     finally:
-        library().mixtral_limit_isa(-1)
+        library().mixtral_limit_isa(before)
 
 
 def _openmp_of_torch() -> tuple[int | None, int | None]:

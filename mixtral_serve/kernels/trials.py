@@ -1,17 +1,18 @@
 """What an instruction set must compute as portable C++ does before it is trusted: ``all_trials``.
 
 Owns the computations of the power-on self-test (``self_test`` runs them). They are small, random with fixed seeds, and
-chosen to lead through every way in the kernels: tiles, groups and sections of columns that are whole and that are not;
-every number of rows that a block may have; every byte as a weight and as a multiplier; rows of zeros, with an outlier,
-and so small that their inverse is not finite; exponentials of all sizes; attention by slice and by split, over every
-kind of storage.
+chosen to lead through what an instruction set has code of its own for: tiles, groups and sections of columns that are
+whole and that are not; every number of rows that is computed at once; every byte as a weight and as a multiplier; rows
+of zeros, with an outlier, and so small that their inverse is not finite; exponentials of all sizes; attention by slice
+and by split, over every kind of storage, in place and from a copy. Of what chooses a token, the token counts.
 
 Invariant: a trial starts from the same numbers whenever it is called, and gives finite ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, get_args
 
 import torch
@@ -36,7 +37,7 @@ _ops: Final = torch.ops.mixtral_serve
 
 _SECTION_COLS: Final = 4096
 _NUM_ROWS: Final = (*range(1, 34), 48, 49, 64, 65, 300)
-"""Of blocks of all sizes (most are 32), and of several of them."""
+"""Of blocks of all sizes, which have at most 32, and of several of them."""
 
 
 class Trial(NamedTuple):
@@ -52,15 +53,17 @@ def all_trials() -> Iterator[Trial]:
     for kind in get_args(Kind):
         yield _linear(kind, num_outputs=40, num_cols=330, num_rows=_NUM_ROWS)
         yield _linear(kind, num_outputs=20, num_cols=_SECTION_COLS + 17 * 32 + 5, num_rows=(1, 12, 13, 40))
+        yield _linear(kind, num_outputs=20, num_cols=20, num_rows=(1, 2, 20))
         yield _experts(kind)
         yield _quantize(kind)
     for width in (100, 512):
         yield _norm(width)
         yield _route(width)
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        for head_dim in (40, 64):  # few rows read the second where it lies
-            yield _attention(dtype, head_dim)
-    yield from _vocabulary(_asked())
+        # Where both sizes are multiples of 16, few rows are multiplied with keys and values where these lie.
+        for head_dim, block_size in ((112, 16), (40, 16), (64, 20)):
+            yield _attention(dtype, head_dim, block_size)
+    yield from _vocabulary()
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -113,11 +116,11 @@ def _experts(kind: Kind, width: int = 100, inner: int = 48, num_experts: int = 8
 
 
 def _quantize(kind: Kind) -> Trial:
-    dense = torch.randn(40, 330, generator=_generator())
+    dense, wide = _rows(40, 330), _rows(8, _SECTION_COLS + 40)
 
     def run() -> list[torch.Tensor]:
-        both = [quantize_matrix(weight, kind) for weight in (dense, dense.bfloat16())]
-        return [tensor for packed in both for tensor in (packed.quants, packed.scales)]
+        found = [quantize_matrix(weight, kind) for weight in (dense, dense.bfloat16(), wide)]
+        return [tensor for packed in found for tensor in (packed.quants, packed.scales)]
 
     return Trial(f"quantize_{kind}", run)
 
@@ -128,27 +131,24 @@ def _norm(width: int) -> Trial:
 
 
 def _route(width: int) -> Trial:
-    hidden, gate = torch.randn(20, width, generator=_generator()), torch.randn(8, width, generator=_generator(1))
+    hidden, gate = torch.randn(20, width, generator=_generator()), torch.randn(9, width, generator=_generator(1))
+    gate[8] = gate[2]  # equals: the lesser number goes first
     return Trial("route", lambda: _ops.route(hidden, gate, 2))
 
 
-def _attention(dtype: torch.dtype, head_dim: int) -> Trial:
+def _attention(dtype: torch.dtype, head_dim: int, block_size: int) -> Trial:
     """A slice of 33 tokens after 40 of one request, and one token of another after 530, whole and in two splits."""
-    block_size, num_query_heads, num_kv_heads = 16, 4, 2
+    num_query_heads, num_kv_heads = 8, 2
     group = num_query_heads // num_kv_heads
     start, num_tokens, decoded = 40, 33, 530
     blocks, num_blocks = -(-(start + num_tokens) // block_size), decoded // block_size + 1
     tables = torch.randperm(blocks + num_blocks, generator=_generator())
     positions = [*range(start, start + num_tokens), blocks * block_size + decoded]
     slots = torch.tensor([int(tables[at // block_size]) * block_size + at % block_size for at in positions])
-    prefill = [
-        (0, start, 0, first, min(MAX_PIECE_ROWS, num_tokens * group - first), -1, -1)
-        for first in range(0, num_tokens * group, MAX_PIECE_ROWS)
-    ]
     decode, num_splits = (num_tokens, decoded, blocks, 0, group), decoded // SPLIT_KEYS + 1
-    whole = torch.tensor([*prefill, (*decode, -1, -1)]), torch.empty(0, MERGE_FIELDS, dtype=torch.int64)
-    splits = torch.tensor([(*decode, index, index) for index in range(num_splits)])
-    split = splits, torch.tensor([[num_tokens, 0, num_splits]])
+    by_few = [*_pieces(start, num_tokens * group, range(1, MAX_PIECE_ROWS)), (*decode, -1, -1)]
+    by_many = [*_pieces(start, num_tokens * group, itertools.repeat(MAX_PIECE_ROWS)), (*decode, -1, -1)]
+    split = [(*decode, index, index) for index in range(num_splits)]
     storage = _storage(dtype, (len(tables), num_kv_heads, head_dim, block_size))
     rows = [
         torch.randn(num_tokens + 1, heads, head_dim, generator=_generator(seed))
@@ -160,16 +160,27 @@ def _attention(dtype: torch.dtype, head_dim: int) -> Trial:
         torch.empty(num_splits * partial_floats(head_dim, num_query_heads)),
     ]
 
-    def attend(pieces: torch.Tensor, merges: torch.Tensor, window: int) -> list[torch.Tensor]:
+    def attend(pieces: Sequence[Sequence[int]], merges: Sequence[int] = (), window: int = 0) -> list[torch.Tensor]:
         held = [tensor.clone() for tensor in storage]  # the step writes to it
-        step = [slots, tables, pieces, merges]
+        step = [slots, tables, torch.tensor(pieces), torch.tensor(merges, dtype=torch.int64).view(-1, MERGE_FIELDS)]
         return [_ops.paged_attention(rows, held, step, workspace, window, head_dim**-0.5), *held]
 
     def run() -> list[torch.Tensor]:
-        all_rows, (one_row, *_) = attend(*whole, window=0), attend(*split, window=0)
-        return [*all_rows, one_row[-1], attend(*whole, window=50)[0]]
+        of_splits = attend(split, (num_tokens, 0, num_splits))[0][-1]
+        return [*attend(by_few), attend(by_many, window=50)[0], of_splits]
 
     return Trial("paged_attention", run)
+
+
+def _pieces(start: int, num_rows: int, sizes: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """The first slice of a step, whose tokens begin at ``start``, in pieces of these sizes (``native_attention``)."""
+    first = 0
+    for size in sizes:
+        if first == num_rows:
+            return
+        taken = min(size, num_rows - first)
+        yield 0, start, 0, first, taken, -1, -1
+        first += taken
 
 
 def _storage(dtype: torch.dtype, dims: tuple[int, int, int, int]) -> list[torch.Tensor]:
@@ -183,12 +194,14 @@ def _storage(dtype: torch.dtype, dims: tuple[int, int, int, int]) -> list[torch.
     return [*((tensor * 32).clamp(-127, 127).to(dtype) for tensor in numbers), *scales]
 
 
-def _vocabulary(asked: torch.Tensor, width: int = 5020) -> Iterator[Trial]:
-    logits = torch.randn(len(asked), width, generator=_generator()) * 3
+def _vocabulary() -> Iterator[Trial]:
+    asked = _asked()
+    logits = torch.randn(len(asked), 5020, generator=_generator()) * 3
     masked, broken = logits.clone(), logits.clone()
     masked[:, ::7] = -torch.inf
-    broken[1, -1], broken[2, 17], broken[3, 0] = torch.nan, torch.inf, -torch.inf
-    yield Trial("chunk_maxima", lambda: [_ops.chunk_maxima(logits, length) for length in (64, 100)])
+    for row, (column, bad) in enumerate(itertools.product((0, 17, 40, 60, 5000, 5019), (torch.nan, -torch.inf))):
+        broken[row, column] = bad
+    yield Trial("chunk_maxima", lambda: [_ops.chunk_maxima(logits, length) for length in (7, 64, 100)])
     yield Trial("finite_rows", lambda: [_ops.finite_rows(broken)])
     yield Trial(
         "choose_tokens", lambda: [_ops.choose_tokens(broken, asked, True), _ops.choose_tokens(masked, asked, False)]

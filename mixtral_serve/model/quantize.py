@@ -82,10 +82,10 @@ def quantize_checkpoint(
     job = _job(source, weights, revision)
     if (destination / MANIFEST).exists():
         return _accept(destination, job)
-    settle_isa()
     started_s = time.monotonic()
     try:
         with Journal.open(destination, job) as journal, _single_threaded():
+            settle_isa()
             missing = _missing(destination, source, journal, num_workers)
             _check_space(destination, missing)
             _make(source, destination, missing, journal, num_workers=num_workers)

@@ -85,6 +85,6 @@ __attribute__((visibility("default"))) int mixtral_active_isa() { return static_
 // Nothing above instruction set `isa` is used from now on, whatever is asked for: it was found to compute otherwise.
 __attribute__((visibility("default"))) void mixtral_trust_isa(int isa) { mixtral::g_trusted.store(isa); }
 
-// Uses at most instruction set `isa` from now on; -1 goes back to the best one. For tests and measurements.
-__attribute__((visibility("default"))) void mixtral_limit_isa(int isa) { mixtral::g_asked.store(isa); }
+// Uses at most instruction set `isa` from now on, the best one if it is -1; returns what was asked for before.
+__attribute__((visibility("default"))) int mixtral_limit_isa(int isa) { return mixtral::g_asked.exchange(isa); }
 }
