@@ -28,7 +28,6 @@ from mixtral_serve.kernels.trials import Trial, all_trials
 
 _log = logging.getLogger(__name__)
 
-
 _settling: Final = threading.Lock()
 
 
