@@ -1,7 +1,8 @@
-"""``python -m mixtral_serve.kernels.probe KIND KERNELS``: what would compute with such weights here, in one line.
+"""``python -m mixtral_serve.kernels.probe KIND KERNELS``: what would compute with such weights here.
 
-For callers that must not import a tensor library themselves. Exits with 0; with 1 if nothing would compute; and with
-3 if something would, but not with the best instructions of this CPU: lines before the last one say why.
+For callers that must not import a tensor library themselves. The last line says it; those before it say what the
+self-test found. Exits with 0; with 1 if nothing would compute; and with 3 if something would, but not with the best
+instructions of this CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mixtral_serve.kernels.self_test import settle_isa
 
 
 def main(argv: Sequence[str] | None = None, *, settle: Callable[[], bool] = settle_isa) -> int:
-    """Write the line that ``choose`` logs, or its reason to refuse, to standard output. Returns the exit code."""
+    """Write what ``settle`` and ``choose`` log, or the reason to refuse, to standard output. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mixtral_serve.kernels.probe")
     parser.add_argument("kind", choices=get_args(Kind))
     parser.add_argument("kernels", choices=get_args(KernelChoice))
