@@ -70,9 +70,9 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _rows(num_rows: int, width: int, seed: int = 0) -> torch.Tensor:
+def _rows(num_rows: int, width: int) -> torch.Tensor:
     """Normal numbers; a row of zeros, one with an outlier, a tiny one and one of large neighbours among them."""
-    rows = torch.randn(num_rows, width, generator=_generator(seed))
+    rows = torch.randn(num_rows, width, generator=_generator())
     rows[3::11] = 0.0
     rows[4::11, width // 2] = 1e30
     rows[5::11] *= 1e-40
@@ -97,7 +97,8 @@ def _linear(kind: Kind, *, num_outputs: int, num_cols: int, num_rows: Sequence[i
     return Trial(f"linear_{kind}", lambda: [multiply(x[:count]) for count in num_rows])
 
 
-def _experts(kind: Kind, width: int = 100, inner: int = 48, num_experts: int = 8) -> Trial:
+def _experts(kind: Kind) -> Trial:
+    width, inner, num_experts = 100, 48, 8
     matrices = (_packed(kind, *dims, num_matrices=num_experts) for dims in ((inner, width), (width, inner)))
     up, down = ((matrix.quants, matrix.scales) for matrix in matrices)
     compute = NativeExperts(kind, (*up, *down, *up), hidden_size=width)
