@@ -208,7 +208,7 @@ def attention_cases(dtype: KVDtype, chosen: Sequence[BackendName]) -> Iterator[C
         step = native_step(cache, slices, slots, sliding_window=None)
         heads = (shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads)
         queries, keys, values = (torch.randn(num_rows, num, shape.head_dim) for num in heads)
-        for isa in sorted((isa for isa in Isa if isa <= best_isa()), reverse=True):
+        for isa in sorted((isa for isa in Isa if isa <= min(best_isa(), Isa.AVX2)), reverse=True):
             yield Case(
                 kernel=f"attention_{dtype}",
                 backend=f"native ({isa.name.lower()})",

@@ -15,15 +15,7 @@ constexpr int64_t kThreadWork = 256 << 10;  // multiply-adds that are worth waki
 
 const AttentionKernel& kernel() {
 #if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-    case Isa::avx512vnni:
-      return kAttentionAvx512;
-    case Isa::avx2:
-      return kAttentionAvx2;
-    case Isa::portable:
-      break;
-  }
+  if (active_isa() >= Isa::avx2) return kAttentionAvx2;
 #endif
   return kAttentionPortable;
 }

@@ -99,7 +99,6 @@ struct AttentionKernel {
 extern const AttentionKernel kAttentionPortable;
 #if defined(__x86_64__)
 extern const AttentionKernel kAttentionAvx2;
-extern const AttentionKernel kAttentionAvx512;
 #endif
 
 }  // namespace mixtral

@@ -1,5 +1,8 @@
 // The rest of a translation unit that includes this is compiled for AVX-512 with VNNI; it ends with clang's `attribute
 // pop`. Standard headers come before it, so that no function of theirs is compiled so.
+//
+// What is compiled so has passed its property tests on a CPU that has it (ADR 6 says which, and how to see that it is
+// still the same code). Whoever changes it runs them on such a CPU again.
 #pragma once
 
 #if !defined(__clang__)

@@ -24,8 +24,8 @@ class ExpertTasks {
  public:
   // `starts` [num_experts + 1] is filled in.
   ExpertTasks(const Routing& routing, const PackedRows& rows, int64_t num_units, int num_threads, int64_t* starts)
-      : routing_(routing), num_units_(num_units), row_bytes_(rows.row_bytes()), num_threads_(num_threads),
-        starts_(starts) {
+      : routing_(routing), num_units_(num_units), bytes_per_row_(column_bytes(rows.num_groups)),
+        num_threads_(num_threads), starts_(starts) {
     starts[0] = 0;
     for (int64_t e = 0; e < routing.num_experts; ++e) {
       starts[e + 1] = starts[e] + (routing.segments[e].num_rows > 0 ? grid(e).num_tasks() : 0);
@@ -41,11 +41,11 @@ class ExpertTasks {
 
  private:
   TaskGrid grid(int64_t expert) const {
-    return TaskGrid(routing_.segments[expert], num_units_, row_bytes_, num_threads_);
+    return TaskGrid(routing_.segments[expert], num_units_, bytes_per_row_, num_threads_);
   }
 
   const Routing& routing_;
-  int64_t num_units_, row_bytes_;
+  int64_t num_units_, bytes_per_row_;
   int num_threads_;
   int64_t* starts_;
 };

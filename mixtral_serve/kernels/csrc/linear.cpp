@@ -19,7 +19,7 @@ void multiply_rows(const LinearRows& call, const Factor* factors, int num_factor
     return Matrix{kind, factor.weights.quants, factor.weights.scales, num_tiles, num_groups};
   };
   const auto grid = [&](const Matrix& of) {
-    return TaskGrid(segment, (of.num_tiles + 1) / 2, rows.row_bytes(), call.num_threads);
+    return TaskGrid(segment, (of.num_tiles + 1) / 2, column_bytes(num_groups), call.num_threads);
   };
   int64_t ends[kMaxFactors];  // tasks of the factors so far
   for (int i = 0; i < num_factors; ++i) {

@@ -61,33 +61,35 @@ constexpr int kNarrowBlockRows = 12;
 constexpr int kMaxRunRows = 256;
 constexpr int kMaxRunBlocks = kMaxRunRows / kNarrowBlockRows;
 
-// Four columns of an int8 row that meet their weights once more, see rows_avx2.h.
-struct Excess {
-  int32_t line;  // bytes from the tile's first weight to theirs
-  int8_t columns[4];
-};
-
 // Quantised rows, interleaved so that what one instruction reads lies together.
 struct Block {
-  const int8_t* quants;       // narrow: [columns / 4][num_rows][4]
-                              // wide: [columns / 64][num_rows][64], padded with zeros
-  const int32_t* offsets;     // what sums start at: int8 [num_rows], int4 [groups][num_rows] (not in wide blocks)
-  const float* scales;        // [num_rows]
-  const Excess* excess;       // int8 of AVX2: [num_rows][columns / 4], of which num_excess [num_rows] are in use
-  const int32_t* num_excess;
+  const int8_t* quants;    // narrow: [columns / 4][num_rows][4]
+                           // wide: [columns / 64][num_rows][64], padded with zeros
+                           // int8: behind them, excess_offset() says where, is room for what rows_avx2.h sets apart
+  const int32_t* offsets;  // what sums start at: int8 [num_rows], int4 [groups][num_rows] (not in wide blocks)
+  const float* scales;     // [num_rows]
   int num_rows;
   bool is_wide;
   int64_t num_groups;  // columns / 32, padded columns included
 };
 
+// Of a row's columns, bytes: whole pieces of 64, as wide blocks have them.
+inline int64_t column_bytes(int64_t num_groups) { return (num_groups + 1) / 2 * 64; }
+
+// Room for what is set apart of an int8 row, bytes: 8 for every four columns, and an end.
+inline int64_t excess_bytes(int64_t num_groups) { return (num_groups + 1) * 64; }
+
+// From a block's first column to the excess of row `row`, bytes.
+inline int64_t excess_offset(int64_t num_rows, int64_t num_groups, int64_t row) {
+  return num_rows * column_bytes(num_groups) + row * excess_bytes(num_groups);
+}
+
 // Where one row of a block is written to.
 struct RowPlace {
-  int8_t* quants;       // of the block
-  int32_t* offsets;     // of the block
-  float* scale;         // of the row
-  Excess* excess;       // of the row
-  int32_t* num_excess;  // of the row
-  int64_t row;          // in the block
+  int8_t* quants;    // of the block
+  int32_t* offsets;  // of the block
+  float* scale;      // of the row
+  int64_t row;       // in the block
   int64_t num_block_rows;
   bool is_wide;
 };
@@ -118,10 +120,10 @@ struct Ahead {
 // About what arrives while a thread waits for one line of memory.
 constexpr int64_t kNearBytes = 2048;
 
-inline Ahead ahead_of(const Tile& tile, const Visit& visit, int64_t num_lines, int64_t near_bytes = kNearBytes) {
+inline Ahead ahead_of(const Tile& tile, const Visit& visit, int64_t num_lines) {
   if (visit.count == 1) {
-    return {reinterpret_cast<const char*>(tile.quants) + near_bytes,
-            static_cast<const char*>(tile.scales) + near_bytes / 16, 64};
+    return {reinterpret_cast<const char*>(tile.quants) + kNearBytes,
+            static_cast<const char*>(tile.scales) + kNearBytes / 16, 64};
   }
   const int64_t count = visit.count < 64 ? visit.count : 64, step = 64 / count;
   const int64_t first = visit.index % count * num_lines * step;

@@ -68,7 +68,7 @@ void quantize_int8_row(const float* x, int64_t num_cols, int64_t num_groups, con
   *place.scale = scale.scale;
   const int64_t distance = 4 * place.num_block_rows;
   int8_t* piece = place.quants + 4 * place.row;
-  ExcessWriter excess(place.excess);
+  ExcessWriter excess(place, num_groups);
   __m256i row_sum = _mm256_setzero_si256();
   for (int64_t first = 0; first < num_groups * kGroupCols; first += kLanes, piece += 2 * distance) {
     const __m256i columns = scale.quantized(x + first, num_cols - first);
@@ -76,7 +76,7 @@ void quantize_int8_row(const float* x, int64_t num_cols, int64_t num_groups, con
     row_sum = _mm256_add_epi32(row_sum, columns);
   }
   place.offsets[place.row] = -128 * sum_of(row_sum);
-  *place.num_excess = excess.count();
+  excess.end();
 }
 
 void quantize_int4_row(const float* x, int64_t num_cols, int64_t num_groups, const RowPlace& place) {
@@ -155,9 +155,9 @@ void int8_pass(const Block& block, int first, const Tile& tile, const Stretch& s
 
 // Adds the excess of a row to its sums.
 inline void add_excess(const Block& block, int row, const Tile& tile, int32_t* all_sums) {
-  const Excess* excess = block.excess + row * block.num_groups * (kGroupCols / 4);
+  auto* excess = reinterpret_cast<const Excess*>(block.quants + excess_offset(block.num_rows, block.num_groups, row));
   __m256i sums[2] = {load(all_sums), load(all_sums + kLanes)};
-  for (const Excess* const end = excess + block.num_excess[row]; excess != end; ++excess) {
+  for (; excess->line != kNoMore; ++excess) {
     const uint8_t* line = tile.quants + excess->line;
     const __m256i columns = broadcast(excess->columns);
     add_int32(sums[0], sum_of_words(_mm256_maddubs_epi16(load(line), columns)));
@@ -272,15 +272,15 @@ using Pass = void (*)(const Block&, int, const Tile&, const Stretch&, Ahead, int
 // Of a block and a tile, so many fit into the first-level cache together.
 constexpr int64_t kStretchGroups = 32;
 
-// A pass takes as many rows as there are registers for their sums: kPasses by their number, less 1. kFinish is due after
-// kScaleGroups. kNearBytes takes the place of products.h's: on Zen 3 256 bytes more make a row of int8 take 2 % longer,
-// and 256 less one of int4 1 %.
+// A pass takes as many rows as there are registers for their sums: kPasses by their number, less 1. kFinish is due
+// after kScaleGroups. kNearBytes takes the place of products.h's: on Zen 3 512 bytes more or less make a row of int8
+// take 1 to 3 % longer, and 256 less one of int4 1 %.
 struct Int8 {
   template <bool kAsks>
   static constexpr Pass kPasses[] = {int8_pass<1, kAsks>, int8_pass<2, kAsks>, int8_pass<3, kAsks>,
                                      int8_pass<4, kAsks>, int8_pass<5, kAsks>, int8_pass<6, kAsks>};
   static constexpr int kPassRows = 6, kGroupLines = 8;
-  static constexpr int64_t kScaleGroups = INT64_MAX, kNearBytes = 1280;
+  static constexpr int64_t kScaleGroups = INT64_MAX, kNearBytes = 1024;
   static constexpr auto kFinish = int8_finish;
 };
 
@@ -293,6 +293,14 @@ struct Int4 {
   static constexpr auto kFinish = int4_finish;
 };
 
+// products.h's, with this format's distance ahead where a tile is met once.
+template <typename Format>
+Ahead ahead_in_format(const Tile& tile, const Visit& visit, int64_t num_groups) {
+  if (visit.count > 1) return ahead_of(tile, visit, num_groups * Format::kGroupLines);
+  return {reinterpret_cast<const char*>(tile.quants) + Format::kNearBytes,
+          static_cast<const char*>(tile.scales) + Format::kNearBytes / 16, 64};
+}
+
 // All rows of a block, in passes of nearly equal size, with one stretch of a tile.
 template <typename Format>
 void multiply_stretch(const Block& block, const Tile& tile, const Stretch& stretch, Visit visit, int32_t* sums) {
@@ -302,7 +310,7 @@ void multiply_stretch(const Block& block, const Tile& tile, const Stretch& stret
   visit = {visit.index * num_passes, visit.count * num_passes};
   for (int pass = 0, first = 0; pass < num_passes; ++pass, ++visit.index) {
     const int rows = (block.num_rows - first + num_passes - pass - 1) / (num_passes - pass);
-    const Ahead ahead = ahead_of(tile, visit, block.num_groups * Format::kGroupLines, Format::kNearBytes);
+    const Ahead ahead = ahead_in_format<Format>(tile, visit, block.num_groups);
     by_rows[rows - 1](block, first, tile, stretch, ahead, sums);
     first += rows;
   }

@@ -37,28 +37,21 @@ struct Segment {
 struct PackedRows {
   Kind kind;
   int64_t num_groups;
-  int8_t* quants;       // [rows][row_bytes()]
-  int32_t* offsets;     // [rows][num_offsets()]
-  float* scales;        // [rows]
-  Excess* excess;       // [rows][most_excess()]
-  int32_t* num_excess;  // [rows]
+  int8_t* quants;    // [rows][row_bytes()]
+  int32_t* offsets;  // [rows][num_offsets()]
+  float* scales;     // [rows]
 
   static PackedRows take(Scratch& scratch, Kind kind, int64_t num_rows, int64_t num_groups) {
-    PackedRows rows{kind, num_groups, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PackedRows rows{kind, num_groups, nullptr, nullptr, nullptr};
     rows.quants = scratch.take<int8_t>(num_rows * rows.row_bytes());
     rows.offsets = scratch.take<int32_t>(num_rows * rows.num_offsets());
     rows.scales = scratch.take<float>(num_rows);
-    rows.excess = scratch.take<Excess>(num_rows * rows.most_excess());
-    rows.num_excess = scratch.take<int32_t>(num_rows);
     return rows;
   }
 
   int64_t num_offsets() const { return kind == Kind::int4 ? num_groups : 1; }
 
-  int64_t most_excess() const { return kind == Kind::int8 ? num_groups * kGroupCols / 4 : 0; }
-
-  // Room for whole pieces of 64 columns, as wide blocks have them.
-  int64_t row_bytes() const { return (num_groups + 1) / 2 * 64; }
+  int64_t row_bytes() const { return column_bytes(num_groups) + (kind == Kind::int8 ? excess_bytes(num_groups) : 0); }
 
   static int64_t num_bytes(Kind kind, int64_t num_rows, int64_t num_groups) {
     Scratch from_nothing(nullptr);
@@ -68,27 +61,15 @@ struct PackedRows {
 
   Block block(const Segment& segment, int64_t index) const {
     const int64_t start = segment.block_start(index), row = segment.first_row + start;
-    return {quants + row * row_bytes(),
-            offsets + row * num_offsets(),
-            scales + row,
-            excess + row * most_excess(),
-            num_excess + row,
-            static_cast<int>(segment.block_start(index + 1) - start),
-            segment.is_wide(),
-            num_groups};
+    return {quants + row * row_bytes(), offsets + row * num_offsets(), scales + row,
+            static_cast<int>(segment.block_start(index + 1) - start), segment.is_wide(), num_groups};
   }
 
   RowPlace place(const Segment& segment, int64_t row_of_segment) const {
     const int64_t index = segment.block_of(row_of_segment), start = segment.block_start(index);
-    const int64_t first = segment.first_row + start, row = segment.first_row + row_of_segment;
-    return {quants + first * row_bytes(),
-            offsets + first * num_offsets(),
-            scales + row,
-            excess + row * most_excess(),
-            num_excess + row,
-            row_of_segment - start,
-            segment.block_start(index + 1) - start,
-            segment.is_wide()};
+    const int64_t first = segment.first_row + start, within = row_of_segment - start;
+    return {quants + first * row_bytes(), offsets + first * num_offsets(), scales + first + within, within,
+            segment.block_start(index + 1) - start, segment.is_wide()};
   }
 
   // Quantises row `row` of a segment.

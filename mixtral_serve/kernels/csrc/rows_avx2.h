@@ -65,12 +65,20 @@ struct RowScale {
   }
 };
 
+// Four columns of an int8 row that meet their weights once more.
+struct Excess {
+  int32_t line;  // bytes from the tile's first weight to theirs; kNoMore ends a row's
+  int8_t columns[4];
+};
+constexpr int32_t kNoMore = -1;
+
 // Writes the excess of a row.
 class ExcessWriter {
  public:
-  explicit ExcessWriter(Excess* first) : first_(first), next_(first) {}
+  ExcessWriter(const RowPlace& place, int64_t num_groups)
+      : next_(reinterpret_cast<Excess*>(place.quants + excess_offset(place.num_block_rows, num_groups, place.row))) {}
 
-  int32_t count() const { return static_cast<int32_t>(next_ - first_); }
+  void end() { next_->line = kNoMore; }
 
   // What stays of the eight columns from `first` on, words [0..3, 0..3, 4..7, 4..7].
   __m256i take_from(__m256i words, int64_t first) {
@@ -92,7 +100,7 @@ class ExcessWriter {
     ++next_;
   }
 
-  Excess *const first_, *next_;
+  Excess* next_;
 };
 
 }  // namespace

@@ -14,15 +14,7 @@ constexpr int64_t kThreadWork = 64 << 10;  // multiply-adds that are worth wakin
 
 const RowwiseKernel& kernel() {
 #if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-    case Isa::avx512vnni:
-      return kRowwiseAvx512;
-    case Isa::avx2:
-      return kRowwiseAvx2;
-    case Isa::portable:
-      break;
-  }
+  if (active_isa() >= Isa::avx2) return kRowwiseAvx2;
 #endif
   return kRowwisePortable;
 }

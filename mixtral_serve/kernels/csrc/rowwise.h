@@ -37,7 +37,6 @@ struct RowwiseKernel {
 extern const RowwiseKernel kRowwisePortable;
 #if defined(__x86_64__)
 extern const RowwiseKernel kRowwiseAvx2;
-extern const RowwiseKernel kRowwiseAvx512;
 #endif
 
 }  // namespace mixtral

@@ -52,9 +52,9 @@ class TaskGrid {
   // Packed rows of one part, at most: a share of the last-level cache.
   static constexpr int64_t kPartBytes = int64_t{4} << 20;
 
-  TaskGrid(const Segment& segment, int64_t num_units, int64_t row_bytes, int num_threads)
+  TaskGrid(const Segment& segment, int64_t num_units, int64_t bytes_per_row, int num_threads)
       : num_units_(num_units), num_blocks_(segment.num_blocks()) {
-    const int64_t part_rows = std::min<int64_t>(kPartBytes / row_bytes, kMaxRunRows);
+    const int64_t part_rows = std::min<int64_t>(kPartBytes / bytes_per_row, kMaxRunRows);
     const int64_t most_blocks = std::max<int64_t>(1, part_rows / segment.max_block_rows);
     num_parts_ = (num_blocks_ + most_blocks - 1) / most_blocks;
     blocks_per_part_ = (num_blocks_ + num_parts_ - 1) / num_parts_;

@@ -20,15 +20,7 @@ void for_each_row(int64_t num_rows, int64_t width, int64_t num_threads, const Bo
 
 const VocabularyKernel& active_vocabulary_kernel() {
 #if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-    case Isa::avx512vnni:
-      return kVocabularyAvx512;
-    case Isa::avx2:
-      return kVocabularyAvx2;
-    case Isa::portable:
-      break;
-  }
+  if (active_isa() >= Isa::avx2) return kVocabularyAvx2;
 #endif
   return kVocabularyPortable;
 }

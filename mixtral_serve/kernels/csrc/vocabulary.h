@@ -36,7 +36,6 @@ const VocabularyKernel& active_vocabulary_kernel();
 extern const VocabularyKernel kVocabularyPortable;
 #if defined(__x86_64__)
 extern const VocabularyKernel kVocabularyAvx2;
-extern const VocabularyKernel kVocabularyAvx512;
 #endif
 
 }  // namespace mixtral
