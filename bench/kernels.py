@@ -190,7 +190,7 @@ def experts_cases(kind: Kind, chosen: Sequence[BackendName]) -> Iterator[Case]:
 def attention_cases(dtype: KVDtype, chosen: Sequence[BackendName]) -> Iterator[Case]:
     """One layer's decodes; rows share ``CONTEXT`` tokens of keys and values, so that all cases read as much.
 
-    The fp32 products are not counted: the peak is that of integers.
+    Nothing of attention goes beyond AVX2. The fp32 products are not counted: the peak is that of integers.
     """
     if "native" not in chosen or BACKENDS["native"]().missing("int8") is not None:
         return

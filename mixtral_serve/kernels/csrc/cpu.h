@@ -3,8 +3,8 @@
 
 namespace mixtral {
 
-// Each includes those before it. What goes beyond AVX2 are the products of quantised rows; whatever else is computed
-// in floating point takes AVX2's kernels with all of the last three.
+// Each includes those before it. Beyond AVX2 go the products of quantised rows, and what experts do between and after
+// them (products.h); everything else takes AVX2's kernels with all of the last three.
 enum class Isa : int { portable = 0, avx2 = 1, avx512vnni = 2, amx = 3 };
 
 // The best one that this CPU has, that its operating system lets this process use, and that is trusted.

@@ -61,6 +61,9 @@ constexpr int kNarrowBlockRows = 12;
 constexpr int kMaxRunRows = 256;
 constexpr int kMaxRunBlocks = kMaxRunRows / kNarrowBlockRows;
 
+// From here to ahead_of(), products_avx512.cpp and products_amx.cpp depend on each field's place: see avx512_target.h
+// before changing one.
+
 // Quantised rows, interleaved so that what one instruction reads lies together.
 struct Block {
   const int8_t* quants;    // narrow: [columns / 4][num_rows][4]

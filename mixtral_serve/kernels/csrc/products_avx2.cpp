@@ -293,7 +293,8 @@ struct Int4 {
   static constexpr auto kFinish = int4_finish;
 };
 
-// products.h's, with this format's distance ahead where a tile is met once.
+// products.h's, with this format's distance ahead where a tile is met once. Were the distance an argument there, GCC
+// would make other code of products_avx512.cpp, whose code is to stay as it was tried (ADR 6).
 template <typename Format>
 Ahead ahead_in_format(const Tile& tile, const Visit& visit, int64_t num_groups) {
   if (visit.count > 1) return ahead_of(tile, visit, num_groups * Format::kGroupLines);

@@ -33,7 +33,7 @@ struct Segment {
   }
 };
 
-// Memory of quantised rows: each has the same share of it, whatever block it is in.
+// Memory of quantised rows: each has the same share of it, whatever block it is in, and whatever the instruction set.
 struct PackedRows {
   Kind kind;
   int64_t num_groups;

@@ -71,6 +71,7 @@ struct Excess {
   int8_t columns[4];
 };
 constexpr int32_t kNoMore = -1;
+static_assert(kGroupCols / 4 * sizeof(Excess) == 64 && alignof(Excess) <= 64, "it lies in excess_bytes()");
 
 // Writes the excess of a row.
 class ExcessWriter {
